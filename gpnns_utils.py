@@ -1,0 +1,1251 @@
+"""What the notebooks of this course share, in the order in which data flows.
+
+where are we -> images -> encoders -> embeddings -> neighbours -> scores -> results -> pictures
+
+Everything that passes from one section to the next is a plain numpy array or a small dataclass, so you can leave at
+any point with what you have. Embeddings are float32 (n, d) with unit rows; a row number is an image's identity.
+"""
+
+import difflib
+import hashlib
+import html
+import importlib.util
+import io
+import json
+import os
+import platform
+import re
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import parse_qsl
+
+import faiss
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import open_clip
+import timm
+import torch
+from IPython import get_ipython
+from IPython.display import HTML, display
+from IPython.display import Image as Picture
+from PIL import Image, ImageOps
+from safetensors.torch import load_file
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+HERE = Path(__file__).resolve().parent
+CHECKOUT = (HERE / "data" / "mini_world.py").exists()  # otherwise: installed by pip, the data lie beside this file
+DATA = HERE / "data" if CHECKOUT else HERE / "gpnns_data"
+
+
+# --- where are we ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """Where a notebook runs and where its files go; made by `setup`."""
+
+    profile: str
+    seed: int
+    platform: str
+    device: torch.device
+    folder: Path
+    started: float
+
+
+def setup(profile: str = "mini", seed: int = 0) -> Run:
+    """Choose device and folders, fix the seeds, set the figure style, print one card.
+
+    `profile` names the results folder `runs/<profile>/`.
+    """
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    if "google.colab" in sys.modules:
+        where = "Colab"
+    elif "KAGGLE_KERNEL_RUN_TYPE" in os.environ:
+        where = "Kaggle"
+    else:
+        where = "local"
+    run = Run(profile, seed, where, best_device(), work_folder() / "runs" / profile, time.time())
+    run.folder.mkdir(parents=True, exist_ok=True)
+    matplotlib.rcParams.update(STYLE)
+    precision = best_precision(run.device) or torch.float32
+    print(f"gpnns | profile {profile} | seed {seed} | {where}")
+    print(
+        f"python {platform.python_version()} | torch {torch.__version__} | {run.device}, {precision} | {os.cpu_count()} cores"
+    )
+    return run
+
+
+def best_device() -> torch.device:
+    """A GPU that really computes, else the CPU.
+
+    Some installations of torch see a GPU without having kernels for it (a P100 on Kaggle): asking is not enough, so
+    one small product is computed.
+    """
+    for name, there in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available())):
+        if there:
+            try:
+                (torch.ones(8, 8, device=name) @ torch.ones(8, 8, device=name)).sum().item()
+                return torch.device(name)
+            except RuntimeError as error:
+                warnings.warn(
+                    f"this torch cannot use the {name} device ({str(error).splitlines()[0]}); using the CPU. On Kaggle, choose the accelerator 'GPU T4 x2'.",
+                    stacklevel=2,
+                )
+    return torch.device("cpu")
+
+
+def best_precision(device: torch.device) -> torch.dtype | None:
+    """The autocast dtype the device gains from: bfloat16 from Ampere on, float16 on older GPUs (T4), None elsewhere."""
+    if device.type != "cuda":
+        return None
+    return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+
+
+def work_folder() -> Path:
+    """Where runs/ and .cache/ are made: the course's folder, or the current one when gpnns is an installed package."""
+    return HERE if CHECKOUT else Path.cwd()
+
+
+def cache_folder() -> Path:
+    """Where drawn images and embeddings are kept; the environment variable GPNNS_CACHE moves it."""
+    return Path(os.environ.get("GPNNS_CACHE", work_folder() / ".cache"))
+
+
+class Progress:
+    """A progress line that updates in place and is still there, in its last state, when a notebook is read later.
+
+    Nothing is shown for work that ends within a second.
+    """
+
+    def __init__(self, total: int, label: str, unit: str = "images"):
+        self.total, self.label, self.unit = total, label, unit
+        self.done, self.start, self.shown, self.handle = 0, time.time(), 0.0, None
+
+    def update(self, done: int) -> None:
+        self.done = done
+        now = time.time()
+        notebook = getattr(get_ipython(), "kernel", None) is not None
+        pause = 1 if notebook else 10
+        if now - max(self.shown, self.start) < pause and not (done >= self.total and self.shown):
+            return
+        self.shown = now
+        if not notebook:
+            print(self, file=sys.stderr, flush=True)
+        elif self.handle is None:
+            self.handle = display(self, display_id=True)
+        else:
+            self.handle.update(self)
+
+    def __repr__(self) -> str:
+        spent = time.time() - self.start
+        if self.done >= self.total:
+            return f"{self.label}: {self.total:,} {self.unit} in {spent:.0f} s"
+        return f"{self.label}: {self.done:,} of {self.total:,} {self.unit}, {spent / max(self.done, 1) * (self.total - self.done):.0f} s left"
+
+    def _repr_html_(self) -> str:
+        return f"<progress value='{self.done}' max='{self.total}'></progress> {html.escape(repr(self))}"
+
+
+def write_atomically(path: Path, write: Callable) -> None:
+    """Call `write(file)` on a temporary file and move it to `path`: a killed process never leaves half a file there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    with open(partial, "wb") as file:
+        write(file)
+    os.replace(partial, path)
+
+
+# --- images ----------------------------------------------------------------------------------------------------------
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+
+
+@dataclass
+class ImageSet:
+    """Images and what is known about them. All fields but `names` have one entry per image.
+
+    images: list of paths, or uint8 array (n, height, width, 3). labels: int64 (n,) class numbers. groups: (n,) domain
+    names. captions: n lists of strings. names: class number -> readable name. left_out: files that could not be read.
+    """
+
+    name: str
+    images: Sequence[Path] | np.ndarray
+    labels: np.ndarray | None = None
+    groups: np.ndarray | None = None
+    captions: list[list[str]] | None = None
+    names: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, row: int) -> Image.Image:
+        image = self.images[row]
+        return Image.fromarray(np.asarray(image)) if isinstance(self.images, np.ndarray) else open_image(image)
+
+    def describe(self, row: int) -> str:
+        """Where an image comes from, for messages: its path, or its row."""
+        return f"row {row} of {self.name}" if isinstance(self.images, np.ndarray) else str(self.images[row])
+
+    def subset(self, rows: Sequence[int] | np.ndarray) -> "ImageSet":
+        """The images of `rows` (numbers, or a boolean mask) as a new set."""
+        rows = np.arange(len(self))[np.asarray(rows)]
+        images = self.images[rows] if isinstance(self.images, np.ndarray) else [self.images[i] for i in rows]
+        labels, groups = (None if values is None else values[rows] for values in (self.labels, self.groups))
+        captions = None if self.captions is None else [self.captions[i] for i in rows]
+        return ImageSet(self.name, images, labels, groups, captions, self.names, list(self.left_out))
+
+
+def open_image(path: Path) -> Image.Image:
+    """Read an image as RGB: turned upright as its EXIF data say, transparent parts on white."""
+    with Image.open(path) as image:
+        image = ImageOps.exif_transpose(image)
+        if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA"):
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+
+
+def load_images(source: str | Path, split: str = "test") -> ImageSet:
+    """Load "mini" (the drawn world), a folder, or a .csv / .tsv table of images.
+
+    Folder: `label/file`, `group/label/file`, or just files (no labels); a subfolder named like `split` is used when
+    there is one, and `captions.json` maps labels to lists of captions.
+    Table: a header line with `path` and, if known, `label`, `group`, `caption` (several: separated by `|`), `split`;
+    paths are relative to the table. Images are sorted by path, so that rows do not depend on the file system.
+    """
+    if str(source) == "mini":
+        world = load_module(DATA / "mini_world.py")
+        progress = Progress(0, f"drawing mini world, {split}")
+
+        def report(done: int, total: int) -> None:
+            progress.total = total
+            progress.update(done)
+
+        return ImageSet(name=f"mini {split}", **world.load_split(split, cache_folder(), report=report))
+    source = Path(source).expanduser()
+    if not source.exists():
+        raise FileNotFoundError(
+            f"no folder or table of images at {source.absolute()}; give a path, or 'mini' for the drawn world"
+        )
+    if source.is_dir():
+        rows = read_folder(source, split)
+    elif source.suffix.lower() in (".csv", ".tsv"):
+        rows = read_table(source, split)
+    else:
+        raise ValueError(f"{source} is neither a folder nor a .csv or .tsv table")
+    rows.sort(key=lambda row: str(row["path"]))
+    labels = [row.get("label") or "" for row in rows]
+    names = sorted(set(labels) - {""})
+    if names and "" in labels:
+        raise ValueError(
+            f"{source}: {labels.count('')} of {len(rows)} images have no label, for example {rows[labels.index('')]['path']}; give every image one, or none"
+        )
+    groups, captions = [row.get("group") or "" for row in rows], [row.get("captions") or [] for row in rows]
+    return ImageSet(
+        name=source.stem,
+        images=[row["path"] for row in rows],
+        labels=np.array([names.index(label) for label in labels]) if names else None,
+        groups=np.array(groups) if any(groups) else None,
+        captions=captions if any(captions) else None,
+        names=names,
+    )
+
+
+def read_folder(folder: Path, split: str) -> list[dict]:
+    """One dict per image file below `folder`, with label and group from the names of its folders."""
+    top = folder / split if (folder / split).is_dir() else folder
+    paths = [p for p in top.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")]
+    if not paths:
+        raise ValueError(f"no images below {top.absolute()} (looked for {', '.join(sorted(SUFFIXES))})")
+    rows = []
+    for path in paths:
+        *above, label = path.relative_to(top).parts[:-1] or ("",)
+        rows.append({"path": path, "label": label, "group": "/".join(above)})
+    if (folder / "captions.json").exists():
+        captions = json.loads((folder / "captions.json").read_text(encoding="utf-8"))
+        for row in rows:
+            row["captions"] = captions.get(row["label"], [])
+    return rows
+
+
+def read_table(table: Path, split: str) -> list[dict]:
+    """One dict per line of a .csv or .tsv table whose first line names its columns."""
+    import csv
+
+    with open(table, encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file, delimiter="\t" if table.suffix.lower() == ".tsv" else ","))
+    if not rows or "path" not in rows[0]:
+        raise ValueError(f"{table} needs a first line with a column named 'path' and at least one image below it")
+    if "split" in rows[0]:
+        rows = [row for row in rows if row["split"] == split]
+        if not rows:
+            raise ValueError(f"{table} has a column 'split' but no image in split {split!r}")
+    for row in rows:
+        row["path"] = table.parent / row["path"]
+        row["captions"] = [c.strip() for c in (row.get("caption") or "").split("|") if c.strip()]
+    return rows
+
+
+def load_module(path: Path):
+    """Import one Python file by its path."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# --- encoders --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Encoder:
+    """A model that turns images, and perhaps texts, into vectors of `dim` numbers.
+
+    preprocess: PIL image -> tensor (3, height, width). image_tower: batch of those -> (b, dim). text_tower: list of
+    strings -> (b, dim), or None. Build one yourself for any model; `embed_images` needs nothing else.
+    """
+
+    name: str
+    preprocess: Callable[[Image.Image], torch.Tensor]
+    image_tower: torch.nn.Module | Callable
+    text_tower: Callable[[list[str]], torch.Tensor] | None = None
+    device: torch.device = torch.device("cpu")
+    model: torch.nn.Module | None = None  # the whole model, both towers, when there is one
+    image_size: int = field(init=False)
+    dim: int = field(init=False)
+    fingerprint: str = field(init=False)
+
+    def __post_init__(self):
+        # What preprocessing does to a test picture, the layers with their settings, and all weights: two encoders
+        # share cached embeddings only when all three agree.
+        pixels = np.random.default_rng(0).integers(0, 256, (61, 97, 3), dtype=np.uint8)
+        probe = self.preprocess(Image.fromarray(pixels))
+        digest = hashlib.blake2b(self.name.encode(), digest_size=12)
+        digest.update(probe.numpy().tobytes())
+        whole = self.model if self.model is not None else self.image_tower
+        if isinstance(whole, torch.nn.Module):
+            digest.update(repr(whole).encode())
+            for key, tensor in whole.state_dict().items():
+                digest.update(
+                    key.encode() + tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+                )
+        self.fingerprint = digest.hexdigest()
+        self.image_size = probe.shape[-1]
+        with torch.inference_mode():
+            self.dim = self.image_tower(probe[None].to(self.device)).shape[-1]
+
+
+def load_encoder(spec: str, device: torch.device | str | None = None) -> Encoder:
+    """Load an encoder by name.
+
+    "mini" (the small CLIP of this course), "random" (the same before training), "pixels" (no model: 16 x 16 colors),
+    "open_clip:ARCHITECTURE/TAG", "timm:NAME", "gpnns:ViT-B@file.pth" (the GP-NNS release format).
+    `@file` behind a name takes the weights from a file: "mini@tuned.safetensors", "open_clip:ViT-B-16/openai@epoch_3.pt"
+    (the tag then only says what the file was tuned from, which decides preprocessing and activation).
+    Settings that a timm model was trained with follow a question mark:
+    "timm:mobilenetv2_035?pad_type=same&bn_eps=0.001&mean=0.5&std=0.5@file.safetensors".
+
+    Raises ValueError for an unknown name or weights that do not fit, FileNotFoundError for a missing file, OSError
+    when weights cannot be downloaded.
+    """
+    device = torch.device(device) if device else best_device()
+    name, _, checkpoint = spec.partition("@")
+    kind, _, rest = name.partition(":")
+    builders = {
+        "mini": build_mini,
+        "random": build_mini,
+        "pixels": build_pixels,
+        "open_clip": build_open_clip,
+        "timm": build_timm,
+        "gpnns": build_gpnns,
+    }
+    if kind not in builders or (kind in ("open_clip", "timm", "gpnns")) != bool(rest):
+        raise ValueError(
+            f"unknown encoder {spec!r}; use mini, random, pixels, open_clip:ARCHITECTURE/TAG, timm:NAME or gpnns:ViT-B@FILE"
+        )
+    state = load_checkpoint(checkpoint) if checkpoint else None
+    return builders[kind](spec, rest or kind, state, device)
+
+
+def build_pixels(spec: str, name: str, state: dict | None, device: torch.device) -> Encoder:
+    """The baseline without a model: a 16 x 16 thumbnail's colors minus their mean."""
+    shrink = transforms.Compose([transforms.Resize((16, 16)), transforms.ToTensor()])
+    return Encoder(spec, shrink, lambda batch: (batch - batch.mean((1, 2, 3), keepdim=True)).flatten(1), device=device)
+
+
+def build_mini(spec: str, name: str, state: dict | None, device: torch.device) -> Encoder:
+    """The small CLIP in data/mini_clip, a folder that open_clip itself can load."""
+    folder = DATA / "mini_clip"
+    with torch.random.fork_rng(), quiet_open_clip():
+        torch.manual_seed(0)  # "random" is the same model everywhere
+        model, _, preprocess = open_clip.create_model_and_transforms(
+            f"local-dir:{folder}", load_weights=name == "mini" and state is None
+        )
+        tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}", bpe_path=str(folder / "vocabulary.txt.gz"))
+    return clip_encoder(spec, model, preprocess, tokenizer, state, device)
+
+
+def build_open_clip(spec: str, name: str, state: dict | None, device: torch.device) -> Encoder:
+    """Any open_clip architecture, with a pretrained tag, a local file, or (neither) random weights."""
+    architecture, _, tag = (name, "", "") if name.startswith(("hf-hub:", "local-dir:")) else name.partition("/")
+    quick_gelu = False
+    if ":" not in architecture:
+        if architecture not in open_clip.list_models():
+            raise ValueError(
+                f"open_clip has no architecture {architecture!r}{suggest(architecture, open_clip.list_models())}"
+            )
+        tags = open_clip.list_pretrained_tags_by_model(architecture)
+        if tag and tag not in tags:
+            raise ValueError(
+                f"open_clip has no weights {tag!r} for {architecture}; it has {', '.join(tags)}. A file of your own goes behind an @"
+            )
+        # OpenAI's weights (and some others) were trained with QuickGELU; without it they score far lower, silently.
+        quick_gelu = bool(tag) and open_clip.get_pretrained_cfg(architecture, tag).get("quick_gelu", False)
+    settings = {}
+    if tag and state is not None:  # the file brings the weights, the tag only their preprocessing
+        known = open_clip.get_pretrained_cfg(architecture, tag)
+        settings = {
+            "force_preprocess_cfg": {
+                key: known[key] for key in ("mean", "std", "interpolation", "resize_mode") if key in known
+            }
+        }
+    try:
+        with quiet_open_clip():
+            model, _, preprocess = open_clip.create_model_and_transforms(
+                architecture,
+                pretrained=tag if tag and state is None else None,
+                load_weights=state is None,
+                force_quick_gelu=quick_gelu,
+                **settings,
+            )
+            tokenizer = open_clip.get_tokenizer(architecture)
+    except Exception as error:
+        raise OSError(offline_message(spec, error)) from error
+    return clip_encoder(spec, model, preprocess, tokenizer, state, device)
+
+
+def clip_encoder(spec, model, preprocess, tokenizer, state: dict | None, device: torch.device) -> Encoder:
+    """Wrap an open_clip model: both towers, in evaluation mode, on the device."""
+    if state is not None:
+        fill(model, state, spec)
+    model = model.to(device).eval()
+
+    def text_tower(texts: list[str]) -> torch.Tensor:
+        return model.encode_text(tokenizer(texts).to(device))
+
+    return Encoder(spec, preprocess, model.encode_image, text_tower, device, model)
+
+
+def build_timm(spec: str, name: str, state: dict | None, device: torch.device) -> Encoder:
+    """Any timm model as an image encoder: pooled features before the classifier, timm's own preprocessing."""
+    name, _, query = name.partition("?")
+    settings = {key: number_or_text(value) for key, value in parse_qsl(query, strict_parsing=bool(query))}
+    known = timm.list_models(), timm.list_pretrained()
+    if name.split(".")[0] not in known[0] or ("." in name and name not in known[1]):
+        raise ValueError(f"timm has no model {name!r}{suggest(name, [*known[0], *known[1]])}")
+    overlay = {key: settings.pop(key) for key in ("mean", "std", "crop_pct", "interpolation") if key in settings}
+    overlay.update({key: (overlay[key],) * 3 for key in ("mean", "std") if key in overlay})
+    try:
+        model = timm.create_model(
+            name, pretrained=state is None, num_classes=0, pretrained_cfg_overlay=overlay, **settings
+        )
+    except Exception as error:
+        raise OSError(offline_message(spec, error)) from error
+    if state is not None:
+        fill(model, {key: value for key, value in state.items() if not key.startswith(classifier_of(model))}, spec)
+    model = model.to(device).eval()
+    preprocess = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+    return Encoder(spec, preprocess, model, device=device, model=model)
+
+
+def build_gpnns(spec: str, name: str, state: dict | None, device: torch.device) -> Encoder:
+    """The GP-NNS release: a CLIP image tower's class token after `ln_post`, not projected; sizes are read from the file.
+
+    Preprocessing as released: a square of int(1.125 * size), bilinear, centre crop, ImageNet mean and deviation.
+    """
+    if state is None:
+        raise ValueError(f"{spec!r} needs a file: gpnns:ViT-B@path/to/GPNNS_ViTB.pth")
+    state = {key.removeprefix("backbone."): value for key, value in state.items()}
+    for key in ("conv1.weight", "positional_embedding", "ln_post.weight"):
+        if key not in state:
+            raise ValueError(
+                f"{spec}: not in the GP-NNS release format, 'backbone.{key}' is missing; it has {', '.join(list(state)[:3])} ..."
+            )
+    width, _, patch, _ = state["conv1.weight"].shape
+    if {"ViT-B": 768, "ViT-L": 1024}.get(name, width) != width:
+        raise ValueError(
+            f"{spec}: the file holds a model of width {width}, which is not a {name}; write gpnns:{'ViT-B' if width == 768 else 'ViT-L'}@..."
+        )
+    size = patch * round((len(state["positional_embedding"]) - 1) ** 0.5)
+    layers = len({key.split(".")[2] for key in state if key.startswith("transformer.resblocks.")})
+    # CLIP's heads are 64 wide.
+    tower = open_clip.transformer.VisionTransformer(
+        size, patch, width, layers, max(1, width // 64), 4.0, act_layer=open_clip.transformer.QuickGELU
+    )
+    tower.proj = None
+    fill(tower, state, spec)
+    square = int(1.125 * size)
+    preprocess = transforms.Compose([
+        transforms.Resize((square, square), transforms.InterpolationMode.BILINEAR),
+        transforms.CenterCrop(size),
+        transforms.ToTensor(),
+        transforms.Normalize(timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD),
+    ])  # fmt: skip
+    tower = tower.to(device).eval()
+    return Encoder(spec, preprocess, tower, device=device, model=tower)
+
+
+def load_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
+    """Read a state dict: safetensors, or a pickle of tensors (never anything that could run code).
+
+    Training checkpoints are unwrapped ("state_dict", "model") and the prefixes of DistributedDataParallel (`module.`)
+    and torch.compile (`_orig_mod.`) are taken off. Raises FileNotFoundError, or ValueError when it is no state dict.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path.absolute()}")
+    try:
+        state = (
+            load_file(path)
+            if path.suffix == ".safetensors"
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )
+    except Exception as error:
+        raise ValueError(
+            f"{path} is not a readable checkpoint of plain tensors ({str(error).splitlines()[0]}). If you trust it, convert it to safetensors first"
+        ) from error
+    for key in ("state_dict", "model"):
+        state = state.get(key, state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ValueError(f"{path} holds no state dict (a dict of tensors, perhaps under 'state_dict')")
+    return {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in state.items()}
+
+
+def fill(model: torch.nn.Module, state: dict[str, torch.Tensor], spec: str) -> None:
+    """Load weights strictly; a mismatch is a ValueError that names the first tensors concerned."""
+    own = model.state_dict()
+    problems = [f"{key} is missing" for key in own if key not in state]
+    problems += [f"{key} is not part of the model" for key in state if key not in own]
+    problems += [
+        f"{key} has shape {tuple(state[key].shape)}, not {tuple(own[key].shape)}"
+        for key in own
+        if key in state and state[key].shape != own[key].shape
+    ]
+    if problems:
+        raise ValueError(
+            f"the weights of {spec} do not fit its architecture: {'; '.join(problems[:3])}"
+            + (f" and {len(problems) - 3} more" if len(problems) > 3 else "")
+        )
+    model.load_state_dict(state)
+
+
+def classifier_of(model: torch.nn.Module) -> tuple[str, ...]:
+    """Prefixes of the classifier's weights, which an encoder does without."""
+    names = model.pretrained_cfg.get("classifier") or ()
+    return tuple(f"{name}." for name in ((names,) if isinstance(names, str) else names))
+
+
+def quiet_open_clip():
+    """open_clip logs a warning when no weights are loaded; here that is on purpose."""
+    import contextlib
+    import logging
+
+    @contextlib.contextmanager
+    def quiet():
+        level = logging.root.manager.disable
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(level)
+
+    return quiet()
+
+
+def suggest(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"; did you mean {', '.join(close)}?" if close else ""
+
+
+def number_or_text(text: str) -> float | int | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
+
+
+def offline_message(spec: str, error: Exception) -> str:
+    return (
+        f"could not load {spec!r}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}. Its weights are downloaded on first use: "
+        "check the network (Kaggle: Settings > Internet > On), or give a local file behind an @"
+    )
+
+
+# --- embeddings ------------------------------------------------------------------------------------------------------
+
+SHARD = 1024  # images per cache file: what a killed run can lose
+
+
+def embed_images(encoder: Encoder, images: ImageSet, batch_size: int = 128, workers: int | None = None) -> np.ndarray:
+    """Embed a set of images: float32 (n, d), unit rows; row i belongs to image i.
+
+    Files are decoded in worker processes. Finished shards are kept in the cache folder under a key made of the
+    encoder (weights, layers, preprocessing), the precision and the images' content, and are never computed twice: a
+    killed run goes on where it stopped, with bit-identical results.
+
+    Files that cannot be read are taken out of `images` (so rows stay aligned), listed in `images.left_out` and named
+    in one warning. Raises ValueError when no image is readable or the encoder returns non-finite or zero vectors.
+    """
+    if len(images) == 0:
+        raise ValueError(f"{images.name}: there are no images to embed")
+    if workers is None:
+        workers = 0 if isinstance(images.images, np.ndarray) or len(images) < 64 else min(8, os.cpu_count() or 1)
+    digests = [content_digest(images, row) for row in range(len(images))]
+
+    def compute(rows: list[list[int]]):
+        loader = DataLoader(
+            Decoded(images, encoder.preprocess), batch_sampler=rows, num_workers=workers, collate_fn=list
+        )
+        for batch in loader:
+            features = np.full((len(batch), encoder.dim), np.nan, dtype=np.float32)  # NaN marks an unreadable image
+            readable = [i for i, image in enumerate(batch) if image is not None]
+            if readable:
+                features[readable] = run_tower(
+                    encoder, encoder.image_tower, torch.stack([batch[i] for i in readable]).to(encoder.device)
+                )
+            yield features
+
+    embeddings = embed_in_shards(
+        encoder, digests, batch_size, compute, f"embedding {images.name} with {encoder.name}", "images"
+    )
+    unreadable = np.flatnonzero(np.isnan(embeddings[:, 0]))
+    if len(unreadable):
+        leave_out(images, unreadable)
+        embeddings = np.delete(embeddings, unreadable, axis=0)
+    return embeddings
+
+
+def embed_texts(encoder: Encoder, texts: Sequence[str], batch_size: int = 256) -> np.ndarray:
+    """Embed texts into the encoder's joint space: float32 (n, d), unit rows; cached like images.
+
+    Raises ValueError for an encoder without a text tower.
+    """
+    if encoder.text_tower is None:
+        raise ValueError(f"{encoder.name} encodes images only; for text, choose mini or an open_clip: encoder")
+    if len(texts) == 0:
+        raise ValueError("there are no texts to embed")
+    digests = [hashlib.blake2b(text.encode(), digest_size=16).digest() for text in texts]
+
+    def compute(rows: list[list[int]]):
+        for batch in rows:
+            yield run_tower(encoder, encoder.text_tower, [texts[i] for i in batch])
+
+    return embed_in_shards(encoder, digests, batch_size, compute, f"embedding texts with {encoder.name}", "texts")
+
+
+def run_tower(encoder: Encoder, tower: Callable, batch) -> np.ndarray:
+    """One batch through a tower: float32 unit rows, in the precision the device gains from."""
+    precision = best_precision(encoder.device)
+    with torch.inference_mode(), torch.autocast(encoder.device.type, precision, enabled=precision is not None):
+        features = tower(batch)
+    return unit_rows(features.float().cpu().numpy(), f"the features of {encoder.name}")
+
+
+def embed_in_shards(
+    encoder: Encoder, digests: list[bytes], batch_size: int, compute: Callable, label: str, unit: str
+) -> np.ndarray:
+    """Read the shards that the cache holds, compute and save the others; `compute` yields one array per batch of rows."""
+    precision = str(best_precision(encoder.device) or torch.float32).removeprefix("torch.")
+    folder = (
+        cache_folder()
+        / "embeddings"
+        / f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', encoder.name)[-60:]}-{encoder.fingerprint}-{precision}-{unit}"
+    )
+    starts = range(0, len(digests), SHARD)
+    paths = {
+        start: folder / f"{hashlib.blake2b(b''.join(digests[start : start + SHARD]), digest_size=16).hexdigest()}.npy"
+        for start in starts
+    }
+    shards = {start: read_shard(path, encoder.dim) for start, path in paths.items()}
+    missing = [start for start in starts if shards[start] is None]
+    progress, done = (
+        Progress(len(digests), label, unit),
+        len(digests) - sum(min(SHARD, len(digests) - start) for start in missing),
+    )
+    # Batches never cross a shard: a resumed run forms the same batches, hence the same bits.
+    rows = [
+        (start, list(range(i, min(i + batch_size, start + SHARD, len(digests)))))
+        for start in missing
+        for i in range(start, min(start + SHARD, len(digests)), batch_size)
+    ]
+    parts: list[np.ndarray] = []
+    for (start, batch), features in zip(rows, compute([batch for _, batch in rows]) if rows else [], strict=True):
+        parts.append(features)
+        done += len(batch)
+        progress.update(done)
+        if sum(map(len, parts)) == min(SHARD, len(digests) - start):
+            shards[start], parts = np.concatenate(parts), []
+            write_atomically(paths[start], lambda file, shard=shards[start]: np.save(file, shard))
+    return np.concatenate([shards[start] for start in starts])
+
+
+def read_shard(path: Path, dim: int) -> np.ndarray | None:
+    """A cached shard, or None when there is none; a damaged file is named and computed again."""
+    if not path.exists():
+        return None
+    try:
+        shard = np.load(path, allow_pickle=False)
+        if shard.ndim == 2 and shard.shape[1] == dim:
+            return shard
+    except (ValueError, OSError, EOFError):
+        pass
+    warnings.warn(f"{path} is damaged and is computed again", stacklevel=2)
+    return None
+
+
+class Decoded(Dataset):
+    """Preprocessed images by row; None for one that cannot be read."""
+
+    def __init__(self, images: ImageSet, preprocess: Callable):
+        self.images, self.preprocess = images, preprocess
+
+    def __getitem__(self, row: int) -> torch.Tensor | None:
+        try:
+            image = self.images[row]
+        except Exception:  # a decoder may raise anything on broken data
+            return None
+        return self.preprocess(image)
+
+
+def content_digest(images: ImageSet, row: int) -> bytes:
+    """A hash of an image's content (file bytes or pixels); of its path when the file cannot be opened."""
+    try:
+        image = images.images[row]
+        content = (
+            image.tobytes() + str(image.shape).encode()
+            if isinstance(images.images, np.ndarray)
+            else Path(image).read_bytes()
+        )
+    except OSError:
+        content = f"unreadable {images.images[row]}".encode()
+    return hashlib.blake2b(content, digest_size=16).digest()
+
+
+def leave_out(images: ImageSet, rows: np.ndarray) -> None:
+    """Take unreadable images out of the set, in place, and say so once."""
+    reasons = []
+    for row in rows:
+        try:
+            images[row]
+            reasons.append(images.describe(row))
+        except Exception as error:
+            reasons.append(f"{images.describe(row)} ({type(error).__name__})")
+    total = len(images)
+    if len(rows) == total:
+        raise ValueError(f"{images.name}: none of the {total} images can be read; the first is {reasons[0]}")
+    kept = images.subset(np.setdiff1d(np.arange(total), rows))
+    images.images, images.labels, images.groups, images.captions = kept.images, kept.labels, kept.groups, kept.captions
+    images.left_out += reasons
+    shown = ", ".join(reasons[:5]) + (f" and {len(reasons) - 5} more" if len(reasons) > 5 else "")
+    warnings.warn(
+        f"{images.name}: {len(rows)} of {total} images cannot be read and are left out: {shown}", stacklevel=3
+    )
+
+
+# --- neighbours ------------------------------------------------------------------------------------------------------
+
+
+def unit_rows(vectors: np.ndarray, what: str = "the vectors") -> np.ndarray:
+    """Rows divided by their length, float32. Raises ValueError for NaN, infinite or zero rows and names the first."""
+    vectors = checked(vectors, what)
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    if not lengths.all():
+        raise ValueError(f"{what}: row {int(np.argmin(lengths))} is zero and has no direction; leave that image out")
+    return vectors if np.allclose(lengths, 1, atol=1e-6) else vectors / lengths
+
+
+def checked(vectors: np.ndarray, what: str = "the vectors") -> np.ndarray:
+    """A contiguous, finite float32 (n, d) array, or a ValueError that says what is wrong where."""
+    vectors = np.ascontiguousarray(vectors, dtype=np.float32)
+    if vectors.ndim != 2 or 0 in vectors.shape:
+        raise ValueError(f"{what} must be a non-empty array (n, d), not {vectors.shape}")
+    finite = np.isfinite(vectors).all(axis=1)
+    if not finite.all():
+        raise ValueError(
+            f"{what}: row {int(np.argmin(finite))} holds NaN or infinite values ({(~finite).sum()} of {len(finite)} rows do); embed in float32, or leave it out"
+        )
+    return vectors
+
+
+def same_dimension(queries: np.ndarray, gallery: np.ndarray) -> None:
+    if queries.shape[1] != gallery.shape[1]:
+        raise ValueError(
+            f"queries have {queries.shape[1]} dimensions, the gallery {gallery.shape[1]}; embed both with the same encoder"
+        )
+
+
+def search(
+    queries: np.ndarray,
+    gallery: np.ndarray,
+    k: int = 10,
+    metric: str = "cosine",
+    own: np.ndarray | None = None,
+    index: faiss.Index | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k nearest gallery rows of each query: (scores, rows), both (n, k), nearest first. Exact unless `index` is given.
+
+    metric: "cosine" (a similarity: larger is nearer), "l2" (Euclidean distance) or "hamming" (differing bits between
+    the signs of the vectors, as in the GP-NNS notebook). own: (n,) the gallery row that is the query itself, which is
+    left out of its results by identity; -1 for none. index: an approximate index made by `build_index`.
+    """
+    queries, gallery = checked(queries, "queries"), checked(gallery, "the gallery")
+    same_dimension(queries, gallery)
+    available = len(gallery) - (own is not None)
+    if not 1 <= k <= available:
+        raise ValueError(
+            f"k={k} neighbours cannot be found among {available} gallery images; choose k from 1 to {available}"
+        )
+    reach = k + (own is not None)
+    if index is None:
+        index = build_index(gallery, "flat", metric)
+    if metric == "hamming":
+        scores, rows = index.search(binary_codes(queries), reach)
+    else:
+        scores, rows = index.search(unit_rows(queries, "queries") if metric == "cosine" else queries, reach)
+        scores = np.sqrt(np.maximum(scores, 0)) if metric == "l2" else scores
+    if own is None:
+        return scores, rows
+    # The query's own row goes where it is found; where something else pushed it out, the last neighbour goes.
+    is_own = rows == np.asarray(own)[:, None]
+    is_own[~is_own.any(axis=1), -1] = True
+    return scores[~is_own].reshape(len(rows), k), rows[~is_own].reshape(len(rows), k)
+
+
+def build_index(gallery: np.ndarray, kind: str = "hnsw", metric: str = "cosine") -> faiss.Index:
+    """A faiss index: "flat" (exact), or approximate: "hnsw" (a graph), "ivf" (cells, a tenth of which are visited)."""
+    gallery = checked(gallery, "the gallery")
+    n, d = gallery.shape
+    if metric == "hamming":
+        index, rows = faiss.IndexBinaryFlat(8 * ((d + 7) // 8)), binary_codes(gallery)
+    elif metric in ("cosine", "l2"):
+        rows = unit_rows(gallery, "the gallery") if metric == "cosine" else gallery
+        measure = faiss.METRIC_INNER_PRODUCT if metric == "cosine" else faiss.METRIC_L2
+        cells = max(1, int(np.sqrt(n)))
+        recipes = {"flat": "Flat", "hnsw": "HNSW32,Flat", "ivf": f"IVF{cells},Flat"}
+        if kind not in recipes:
+            raise ValueError(f"unknown kind of index {kind!r}; choose flat, hnsw or ivf")
+        index = faiss.index_factory(d, recipes[kind], measure)
+        if kind == "ivf":
+            index.cp.min_points_per_centroid = 1  # small galleries are fine here, no need for faiss to warn
+            index.nprobe = max(1, cells // 10)
+        index.train(rows)
+    else:
+        raise ValueError(f"unknown metric {metric!r}; choose cosine, l2 or hamming")
+    index.add(rows)
+    return index
+
+
+def binary_codes(vectors: np.ndarray) -> np.ndarray:
+    """One bit per dimension, its sign: uint8 (n, ceil(d / 8))."""
+    return np.packbits(vectors > 0, axis=1)
+
+
+def neighbour_recall(found: np.ndarray, exact: np.ndarray) -> float:
+    """The share of the exact neighbours (n, k) that another search found."""
+    return float(np.mean([len(np.intersect1d(a, b)) / len(b) for a, b in zip(found, exact, strict=True)]))
+
+
+# --- scores ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Score:
+    """One value from 0 to 1 per query; the score is their mean. NaN: the query had nothing to find and does not count."""
+
+    per_query: np.ndarray
+
+    @property
+    def mean(self) -> float:
+        return float(np.nanmean(self.per_query)) if np.isfinite(self.per_query).any() else float("nan")
+
+    def interval(self, clusters: np.ndarray | None = None, resamples: int = 1000, seed: int = 0) -> tuple[float, float]:
+        """A bootstrap 95 % interval of the mean, resampling queries, or whole clusters of them.
+
+        The images of a class succeed and fail together: pass their labels as `clusters`, or the interval is too narrow.
+        """
+        there = np.isfinite(self.per_query)
+        members = np.arange(len(there)) if clusters is None else np.unique(clusters, return_inverse=True)[1]
+        totals = np.bincount(members[there], self.per_query[there])
+        counts = np.bincount(members[there])
+        totals, counts = totals[counts > 0], counts[counts > 0]
+        drawn = np.random.default_rng(seed).integers(0, len(counts), (resamples, len(counts)))
+        return tuple(np.percentile(totals[drawn].sum(1) / counts[drawn].sum(1), [2.5, 97.5]))
+
+    def where(self, mask: np.ndarray) -> "Score":
+        """The same score over a part of the queries."""
+        return Score(self.per_query[mask])
+
+
+def same_label(query_labels: np.ndarray, gallery_labels: np.ndarray) -> list[np.ndarray]:
+    """For each query, the gallery rows that carry its label."""
+    order = np.argsort(gallery_labels, kind="stable")
+    ordered = np.asarray(gallery_labels)[order]
+    starts, ends = np.searchsorted(ordered, query_labels, "left"), np.searchsorted(ordered, query_labels, "right")
+    return [order[a:b] for a, b in zip(starts, ends, strict=True)]
+
+
+def rank_relevant(
+    queries: np.ndarray, gallery: np.ndarray, relevant: Sequence, leave_out: Sequence | None = None, ties: str = "group"
+) -> np.ndarray:
+    """The rank of every relevant gallery row in each query's full ranking: float64 (n, r), ascending, padded with inf.
+
+    Every score below is a function of these ranks. No list is ever sorted: the rank of a row is the number of rows
+    that score at least as high, counted while the matrix product of unit rows passes by in small blocks.
+
+    relevant: for each query, the gallery rows to find. leave_out: for each query, rows that do not take part: the
+    query itself, junk; they are taken out of `relevant` too. ties: "group" ranks rows of equal score at the end of
+    their group, as scikit-learn does; "optimistic" and "pessimistic" put the relevant ones first or last, which
+    bounds what any order of ties can give.
+    """
+    queries, gallery = unit_rows(queries, "queries"), unit_rows(gallery, "the gallery")
+    same_dimension(queries, gallery)
+    if ties not in ("group", "optimistic", "pessimistic"):
+        raise ValueError(f"unknown rule for ties {ties!r}; choose group, optimistic or pessimistic")
+    if len(relevant) != len(queries) or (leave_out is not None and len(leave_out) != len(queries)):
+        raise ValueError(
+            f"{len(queries)} queries need as many lists of relevant rows (and of rows to leave out), not {len(relevant)}"
+        )
+    block = max(1, min(256, 2**22 // len(gallery)))  # at most 16 MB of scores at a time
+    scores = np.empty((block, len(gallery)), dtype=np.float32)
+    found = []
+    for start in range(0, len(queries), block):
+        rows = np.matmul(queries[start : start + block], gallery.T, out=scores[: len(queries[start : start + block])])
+        for query, row in enumerate(rows, start):
+            wanted = row[relevant[query]]
+            if leave_out is not None:
+                row[leave_out[query]] = -np.inf
+                wanted = row[relevant[query]]
+                wanted = wanted[wanted > -np.inf]
+            found.append(count_ranks(row, wanted, ties))
+    ranks = np.full((len(found), max(1, *map(len, found))), np.inf)
+    for query, values in enumerate(found):
+        ranks[query, : len(values)] = values
+    return ranks
+
+
+def count_ranks(row: np.ndarray, wanted: np.ndarray, ties: str) -> np.ndarray:
+    """Ranks of the scores `wanted` among all scores of `row`, ascending; thresholds and row come from one product."""
+    if len(wanted) == 0:
+        return wanted
+    wanted = np.sort(wanted)[::-1]
+    above = row >= wanted[-1]
+    rivals = (
+        row[above] if np.count_nonzero(above) * 8 < len(row) else row.copy()
+    )  # only rows from the lowest wanted score up matter
+    rivals.sort()
+    if ties == "group":
+        return len(rivals) - rivals.searchsorted(wanted, "left")
+    side = "right" if ties == "optimistic" else "left"
+    rising = wanted[::-1]
+    others = (len(rivals) - rivals.searchsorted(wanted, side)) - (len(rising) - rising.searchsorted(wanted, side))
+    return others + np.arange(1, len(wanted) + 1)
+
+
+def mean_average_precision(ranks: np.ndarray, k: int | None = None, denominator: str = "relevant") -> Score:
+    """Average precision per query from the ranks of `rank_relevant`: non-interpolated, as in GPR1200 and scikit-learn.
+
+    With k, only ranks up to k count, and tools divide by different things: "relevant" (r, pytorch-metric-learning and
+    trec_eval), "min" (min(r, k), GLDv2 and UnED) or "hits" (those found, torchmetrics), which rewards finding less.
+    """
+    number = np.isfinite(ranks).sum(axis=1)
+    hits = np.tile(np.arange(1.0, ranks.shape[1] + 1), (len(ranks), 1))
+    for j in range(ranks.shape[1] - 2, -1, -1):  # equal ranks count as found together
+        hits[:, j] = np.where(ranks[:, j] == ranks[:, j + 1], hits[:, j + 1], hits[:, j])
+    counted = np.isfinite(ranks) if k is None else ranks <= k
+    total = np.where(counted, hits / ranks, 0).sum(axis=1)
+    choices = {"relevant": number, "min": np.minimum(number, k or np.inf), "hits": np.maximum(counted.sum(axis=1), 1)}
+    if denominator not in choices:
+        raise ValueError(f"unknown denominator {denominator!r}; choose relevant, min or hits")
+    return Score(np.where(number, total / np.maximum(choices[denominator], 1), np.nan))
+
+
+def recall_at_k(ranks: np.ndarray, k: int = 1) -> Score:
+    """1 for a query with a relevant row among the first k, else 0 (R@k of the retrieval papers: "hit at k")."""
+    return Score(np.where(np.isfinite(ranks[:, 0]), ranks[:, 0] <= k, np.nan))
+
+
+def mean_precision_at_5(ranks: np.ndarray) -> Score:
+    """Relevant rows among the first five, divided by min(r, 5): the measure of the GUIE challenge (2210.11141) and UnED."""
+    number = np.isfinite(ranks).sum(axis=1)
+    return Score(np.where(number, (ranks <= 5).sum(axis=1) / np.maximum(np.minimum(number, 5), 1), np.nan))
+
+
+def revisited_map(queries: np.ndarray, gallery: np.ndarray, ground_truth: Sequence[dict]) -> dict[str, Score]:
+    """Revisited Oxford / Paris mAP: {"easy", "medium", "hard"} -> Score. Source: Radenovic et al., CVPR 2018.
+
+    ground_truth: per query a dict of gallery rows under "easy", "hard" and "junk". What a protocol neither wants nor
+    counts as wrong is taken out of the ranking; precision is averaged over each step of recall (trapezoid).
+    """
+    protocols = {
+        "easy": (["easy"], ["junk", "hard"]),
+        "medium": (["easy", "hard"], ["junk"]),
+        "hard": (["hard"], ["junk", "easy"]),
+    }
+    scores = {}
+    for name, (wanted, ignored) in protocols.items():
+        rows = [
+            [np.concatenate([np.asarray(truth[key], dtype=int) for key in keys]) for truth in ground_truth]
+            for keys in (wanted, ignored)
+        ]
+        ranks = rank_relevant(queries, gallery, rows[0], leave_out=rows[1], ties="pessimistic")
+        scores[name] = trapezoid_average_precision(ranks)
+    return scores
+
+
+def trapezoid_average_precision(ranks: np.ndarray) -> Score:
+    """Average precision with each precision averaged with the one just before the rank, as revisitop computes it."""
+    number = np.isfinite(ranks).sum(axis=1)
+    hits = np.arange(1.0, ranks.shape[1] + 1)
+    before = np.where(ranks > 1, (hits - 1) / np.maximum(ranks - 1, 1), 1.0)
+    total = np.where(np.isfinite(ranks), (before + hits / ranks) / 2, 0).sum(axis=1)
+    return Score(np.where(number, total / np.maximum(number, 1), np.nan))
+
+
+def knn_accuracy(
+    queries: np.ndarray,
+    query_labels: np.ndarray,
+    gallery: np.ndarray,
+    gallery_labels: np.ndarray,
+    k: int = 21,
+    temperature: float = 0.1,
+    own: np.ndarray | None = None,
+) -> Score:
+    """Accuracy of a vote among the k nearest, each weighted by exp(cosine / temperature).
+
+    k=21 and 0.1 as in MCIP (2409.01936); DINO uses 0.07. k is cut to the size of the gallery.
+    """
+    k = min(k, len(gallery) - (own is not None))
+    scores, rows = search(queries, gallery, k, own=own)
+    classes, votes_for = np.unique(gallery_labels, return_inverse=True)
+    weights = np.exp((scores - 1) / temperature)  # minus 1 changes no vote and keeps exp small
+    votes = np.zeros((len(queries), len(classes)))
+    np.add.at(votes, (np.arange(len(queries))[:, None], votes_for[rows]), weights)
+    return Score((classes[votes.argmax(axis=1)] == np.asarray(query_labels)).astype(float))
+
+
+def text_to_image_recall(texts: np.ndarray, images: np.ndarray, relevant: Sequence, k: int = 1) -> Score:
+    """R@k of text queries: 1 where any of a text's relevant images is among the k nearest."""
+    return recall_at_k(rank_relevant(texts, images, relevant), k)
+
+
+def class_embeddings(
+    encoder: Encoder, names: Sequence[str], templates: Sequence[str] = ("a photo of {}",)
+) -> np.ndarray:
+    """One text embedding per class: the mean over prompt templates of unit embeddings, made unit again (CLIP, section 3.1)."""
+    texts = [template.format(name) for name in names for template in templates]
+    return unit_rows(
+        embed_texts(encoder, texts).reshape(len(names), len(templates), -1).mean(axis=1), "class embeddings"
+    )
+
+
+def zero_shot_accuracy(images: np.ndarray, labels: np.ndarray, classes: np.ndarray) -> Score:
+    """Accuracy of giving each image the class whose text embedding is nearest. labels: rows of `classes`."""
+    _, nearest = search(images, classes, k=1)
+    return Score((nearest[:, 0] == np.asarray(labels)).astype(float))
+
+
+def hubness(
+    queries: np.ndarray, gallery: np.ndarray, k: int = 10, own: np.ndarray | None = None
+) -> tuple[float, np.ndarray]:
+    """How unevenly images are found: (skewness, counts), counts[i] = in how many queries' first k row i appears.
+
+    A skewness near 0 means that all rows are found about equally often; hubs, found by far too many queries, make it
+    large (Radovanovic et al., JMLR 2010).
+    """
+    _, rows = search(queries, gallery, k, own=own)
+    counts = np.bincount(rows.ravel(), minlength=len(gallery))
+    spread = counts.std()
+    return float(((counts - counts.mean()) ** 3).mean() / spread**3) if spread else 0.0, counts
+
+
+# --- results ---------------------------------------------------------------------------------------------------------
+
+
+def result_row(
+    model: str,
+    task: str,
+    metric: str,
+    score: Score,
+    clusters: np.ndarray | None = None,
+    group: str = "all",
+    split: str = "test",
+) -> dict:
+    """One line of a results file: a score from 0 to 100 with its interval."""
+    low, high = score.interval(clusters)
+    row = {"model": model, "task": task, "split": split, "group": group, "metric": metric}
+    return row | {
+        "value": round(100 * score.mean, 3),
+        "low": round(100 * low, 3),
+        "high": round(100 * high, 3),
+        "seeds": 1,
+    }
+
+
+def save_results(run: Run, notebook: str, rows: list[dict]) -> Path:
+    """Write runs/<profile>/<notebook>.json: what ran, where, how long, and one tidy row per number."""
+    versions = {
+        name: importlib.import_module(name).__version__ for name in ("torch", "open_clip", "timm", "faiss", "numpy")
+    }
+    environment = {
+        "python": platform.python_version(),
+        "device": str(run.device),
+        "platform": run.platform,
+        "seed": run.seed,
+    } | versions
+    result = {
+        "notebook": notebook,
+        "profile": run.profile,
+        "seconds": round(time.time() - run.started, 1),
+        "environment": environment,
+        "rows": rows,
+    }
+    path = run.folder / f"{notebook}.json"
+    write_atomically(path, lambda file: file.write((json.dumps(result, indent=1) + "\n").encode()))
+    return path
+
+
+def load_published(name: str) -> list[dict]:
+    """A table of the papers, data/published/<name>.csv: one dict per row, numbers as float, empty cells as None."""
+    import csv
+
+    path = DATA / "published" / f"{name}.csv"
+    if not path.exists():
+        raise FileNotFoundError(
+            f"no published table {name!r}; there are {', '.join(sorted(p.stem for p in path.parent.glob('*.csv')))}"
+        )
+    with open(path, encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [{key: None if value == "" else number_or_text(value) for key, value in row.items()} for row in rows]
+
+
+# --- pictures --------------------------------------------------------------------------------------------------------
+
+RIGHT, WRONG = "#009E73", "#D55E00"  # green and red that color-blind readers tell apart (Okabe and Ito)
+PALETTE = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000"]
+STYLE = {
+    "figure.dpi": 90, "figure.constrained_layout.use": True, "font.size": 11, "axes.spines.top": False,
+    "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "legend.frameon": False,
+    "axes.prop_cycle": matplotlib.cycler(color=PALETTE), "image.interpolation": "antialiased",
+}  # fmt: skip
+
+
+def show_images(
+    rows: Sequence[Sequence],
+    titles: Sequence[Sequence[str]] | None = None,
+    frames: Sequence[Sequence] | None = None,
+    labels: Sequence[str] = (),
+    size: float = 0.95,
+) -> Picture:
+    """A grid of images with optional titles and frame colors per image, and a label per row.
+
+    Returned as a JPEG, which keeps a notebook with many photographs small.
+    """
+    columns = max(map(len, rows))
+    margin = 0.1 * max([len(line) for label in labels for line in label.split("\n")], default=0)
+    tall = size * (1.28 if titles else 1.05)
+    figure = plt.figure(figsize=(columns * size + margin, len(rows) * tall), layout="none")
+    for i, row in enumerate(rows):
+        for j, image in enumerate(row):
+            left, bottom = margin + j * size, (len(rows) - 1 - i) * tall
+            width, height = figure.get_size_inches()
+            axis = figure.add_axes(
+                [(left + 0.05 * size) / width, (bottom + 0.04 * size) / height, 0.9 * size / width, 0.9 * size / height]
+            )
+            axis.imshow(np.asarray(image))
+            axis.set(xticks=[], yticks=[])
+            axis.grid(False)
+            color = frames[i][j] if frames else None
+            for spine in axis.spines.values():
+                spine.set(visible=color is not None, color=color or "white", linewidth=3.5)
+            if titles and titles[i][j]:
+                axis.set_title(titles[i][j], fontsize=8.5, pad=3)
+        if i < len(labels):
+            figure.text(0.05 / width, (bottom + 0.5 * size) / height, labels[i], fontsize=10, va="center")
+    return as_jpeg(figure)
+
+
+def as_jpeg(figure) -> Picture:
+    """A finished figure as a JPEG picture for the end of a cell; the figure itself is closed."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="jpeg", dpi=90, pil_kwargs={"quality": 80})
+    plt.close(figure)
+    return Picture(buffer.getvalue(), format="jpeg")
+
+
+def show_neighbors(
+    queries: Sequence,
+    gallery: ImageSet,
+    rows: np.ndarray,
+    scores: np.ndarray | None = None,
+    right: np.ndarray | None = None,
+) -> Picture:
+    """Queries and their neighbours, one line each. queries: PIL images or strings. rows, scores, right: (n, k).
+
+    Right neighbours have a green frame and a check mark, wrong ones a red frame and a cross.
+    """
+    texts = [
+        query.replace(" with ", "\nwith ").replace(" and ", "\nand ") if isinstance(query, str) else ""
+        for query in queries
+    ]
+    lines, titles, frames = [], [], []
+    for i, query in enumerate(queries):
+        first = [] if isinstance(query, str) else [query]
+        marks = [""] * len(rows[i]) if right is None else ["✓ " if good else "✗ " for good in right[i]]
+        lines.append(first + [gallery[row] for row in rows[i]])
+        titles.append(
+            ["query"] * len(first)
+            + [mark + ("" if scores is None else f"{scores[i][j]:.3g}") for j, mark in enumerate(marks)]
+        )
+        frames.append(
+            [None] * len(first)
+            + [
+                None if right is None else RIGHT if good else WRONG
+                for good in (right[i] if right is not None else rows[i])
+            ]
+        )
+    return show_images(lines, titles, frames, texts if any(texts) else ())
+
+
+def show_table(rows: Sequence[dict], caption: str = "", best: Sequence[str] = ()) -> HTML:
+    """Dicts as a table: numbers with one decimal, None as an empty cell, the largest of each column in `best` in bold."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    top = {
+        column: max((row[column] for row in rows if isinstance(row.get(column), (int, float))), default=None)
+        for column in best
+    }
+
+    def cell(row: dict, column: str) -> str:
+        value = row.get(column)
+        text = (
+            ""
+            if value is None
+            else f"{value:.1f}"
+            if isinstance(value, (float, np.floating))
+            else html.escape(str(value))
+        )
+        text = f"<b>{text}</b>" if column in top and value == top[column] else text
+        return f"<td style='text-align:{'left' if isinstance(value, str) else 'right'}'>{text}</td>"
+
+    head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
+    body = "".join("<tr>" + "".join(cell(row, column) for column in columns) + "</tr>" for row in rows)
+    return HTML(f"<table><caption>{html.escape(caption)}</caption><tr>{head}</tr>{body}</table>")

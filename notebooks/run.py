@@ -1,0 +1,100 @@
+"""Run the notebooks of the course in order, each in its own kernel: `python notebooks/run.py`.
+
+Executed copies and results go to runs/<profile>/. The first notebook that fails stops the run with its name, cell and
+error and exit status 1. With --render the executed notebooks also replace the committed ones.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import papermill
+from papermill.exceptions import PapermillException, PapermillExecutionError
+
+FOLDER = Path(__file__).resolve().parent
+ROOT = FOLDER.parent
+
+
+def run_notebook(path: Path, output: Path, profile: str) -> str | None:
+    """Execute one notebook; None when every cell ran, else what went wrong and where."""
+    try:
+        notebook = papermill.execute_notebook(
+            path, output, {"profile": profile}, kernel_name="python3", cwd=FOLDER, progress_bar=False, log_output=False
+        )
+    except PapermillExecutionError as error:
+        return f"cell {error.cell_index + 1}: {error.ename}: {error.evalue}"
+    except (PapermillException, RuntimeError) as error:  # RuntimeError: the kernel died, mostly for lack of memory
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    # sys.exit() in a cell ends a run silently: only execution counts tell.
+    for number, cell in enumerate(notebook.cells, 1):
+        if cell.cell_type == "code" and cell.source.strip() and not cell.execution_count:
+            return f"cell {number} did not run"
+    return None
+
+
+def headline(results: Path) -> str:
+    """The notebook's own headline, from its results file."""
+    return json.loads(results.read_text())["headline"] if results.exists() else ""
+
+
+def render(executed: Path, source: Path) -> None:
+    """Replace the committed notebook by the executed one, without what only this run knows."""
+    notebook = nbformat.read(executed, as_version=4)
+    notebook.cells = [cell for cell in notebook.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
+    count = 0
+    for cell in notebook.cells:
+        cell.metadata.pop("papermill", None)
+        cell.metadata.pop("execution", None)
+        if cell.metadata.get("tags") == []:
+            cell.metadata.pop("tags")
+        if cell.cell_type == "code":
+            count += 1
+            cell.execution_count = count
+            for output in cell.outputs:
+                if "execution_count" in output:
+                    output.execution_count = count
+    notebook.metadata = {
+        key: notebook.metadata[key] for key in ("kernelspec", "language_info") if key in notebook.metadata
+    }
+    notebook.metadata["language_info"] = {"name": "python"}
+    nbformat.write(notebook, source)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--profile", default="mini")
+    parser.add_argument("--render", action="store_true", help="refresh the committed outputs")
+    parser.add_argument("notebooks", nargs="*", type=Path, help="notebooks to run (default: all, in order)")
+    arguments = parser.parse_args()
+    paths = arguments.notebooks or sorted(FOLDER.glob("[0-9][0-9]_*.ipynb"))
+    folder = ROOT / "runs" / arguments.profile
+    folder.mkdir(parents=True, exist_ok=True)
+    table, failed = [], None
+    for number, path in enumerate(paths, 1):
+        if failed:
+            table.append((path.stem, "", "not run"))
+            continue
+        print(f"[{number}/{len(paths)}] {path.stem} ...", end=" ", flush=True)
+        start = time.time()
+        failed = run_notebook(path, folder / path.name, arguments.profile)
+        seconds = time.time() - start
+        print("failed" if failed else "done", f"in {seconds:.0f} s", flush=True)
+        table.append(
+            (path.stem, f"{seconds:.0f} s", f"FAILED at {failed}" if failed else headline(folder / f"{path.stem}.json"))
+        )
+        if arguments.render and not failed:
+            render(folder / path.name, path)
+    width = max(len(row[0]) for row in table)
+    print(f"\n{'notebook':{width}}  {'time':>6}  headline result")
+    for name, seconds, result in table:
+        print(f"{name:{width}}  {seconds:>6}  {result}")
+    if failed:
+        print(f"\nThe run stopped. The executed copies, with the full error, are in {folder}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
