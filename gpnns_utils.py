@@ -412,11 +412,7 @@ def build_open_clip(spec: str, name: str, state: dict | None, device: torch.devi
     settings = {}
     if tag and state is not None:  # the file brings the weights, the tag only their preprocessing
         known = open_clip.get_pretrained_cfg(architecture, tag)
-        settings = {
-            "force_preprocess_cfg": {
-                key: known[key] for key in ("mean", "std", "interpolation", "resize_mode") if key in known
-            }
-        }
+        settings = {f"image_{key}": known.get(key) for key in ("mean", "std", "interpolation", "resize_mode")}
     try:
         with quiet_open_clip():
             model, _, preprocess = open_clip.create_model_and_transforms(
@@ -427,7 +423,7 @@ def build_open_clip(spec: str, name: str, state: dict | None, device: torch.devi
                 **settings,
             )
             tokenizer = open_clip.get_tokenizer(architecture)
-    except Exception as error:
+    except (OSError, RuntimeError) as error:
         raise OSError(offline_message(spec, error)) from error
     return clip_encoder(spec, model, preprocess, tokenizer, state, device)
 
@@ -457,7 +453,7 @@ def build_timm(spec: str, name: str, state: dict | None, device: torch.device) -
         model = timm.create_model(
             name, pretrained=state is None, num_classes=0, pretrained_cfg_overlay=overlay, **settings
         )
-    except Exception as error:
+    except (OSError, RuntimeError) as error:
         raise OSError(offline_message(spec, error)) from error
     if state is not None:
         fill(model, {key: value for key, value in state.items() if not key.startswith(classifier_of(model))}, spec)
@@ -931,12 +927,10 @@ def rank_relevant(
     for start in range(0, len(queries), block):
         rows = np.matmul(queries[start : start + block], gallery.T, out=scores[: len(queries[start : start + block])])
         for query, row in enumerate(rows, start):
-            wanted = row[relevant[query]]
             if leave_out is not None:
                 row[leave_out[query]] = -np.inf
-                wanted = row[relevant[query]]
-                wanted = wanted[wanted > -np.inf]
-            found.append(count_ranks(row, wanted, ties))
+            wanted = row[relevant[query]]
+            found.append(count_ranks(row, wanted[wanted > -np.inf], ties))
     ranks = np.full((len(found), max(1, *map(len, found))), np.inf)
     for query, values in enumerate(found):
         ranks[query, : len(values)] = values
@@ -948,10 +942,8 @@ def count_ranks(row: np.ndarray, wanted: np.ndarray, ties: str) -> np.ndarray:
     if len(wanted) == 0:
         return wanted
     wanted = np.sort(wanted)[::-1]
-    above = row >= wanted[-1]
-    rivals = (
-        row[above] if np.count_nonzero(above) * 8 < len(row) else row.copy()
-    )  # only rows from the lowest wanted score up matter
+    above = row >= wanted[-1]  # only rows from the lowest wanted score up matter, and mostly they are few
+    rivals = row.compress(above) if np.count_nonzero(above) * 4 < len(row) else row.copy()
     rivals.sort()
     if ties == "group":
         return len(rivals) - rivals.searchsorted(wanted, "left")
@@ -1101,8 +1093,8 @@ def result_row(
     }
 
 
-def save_results(run: Run, notebook: str, rows: list[dict]) -> Path:
-    """Write runs/<profile>/<notebook>.json: what ran, where, how long, and one tidy row per number."""
+def save_results(run: Run, notebook: str, rows: list[dict], headline: str) -> Path:
+    """Write runs/<profile>/<notebook>.json: what ran, where, how long, one line to remember, one tidy row per number."""
     versions = {
         name: importlib.import_module(name).__version__ for name in ("torch", "open_clip", "timm", "faiss", "numpy")
     }
@@ -1116,6 +1108,7 @@ def save_results(run: Run, notebook: str, rows: list[dict]) -> Path:
         "notebook": notebook,
         "profile": run.profile,
         "seconds": round(time.time() - run.started, 1),
+        "headline": headline,
         "environment": environment,
         "rows": rows,
     }

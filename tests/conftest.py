@@ -1,0 +1,40 @@
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+import numpy as np
+import pytest
+from PIL import Image
+
+import gpnns_utils as gu
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache folder for one test."""
+    monkeypatch.setenv("GPNNS_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="session")
+def world():
+    """A small part of the drawn test split: 6 domains x 4 classes x 10 images (uses the shared cache)."""
+    images = gu.load_images("mini", "test")
+    return images.subset(images.labels % 40 < 4)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A class-per-folder tree of 3 classes x 4 colored images."""
+    rng = np.random.default_rng(0)
+    for label, color in {"blue": (30, 30, 200), "green": (20, 160, 60), "red": (200, 40, 40)}.items():
+        for i in range(4):
+            path = tmp_path / "photos" / label / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pixels = np.clip(np.array(color) + rng.normal(0, 25, (40, 50, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(path)
+    return tmp_path / "photos"
+
+
+def unit(rng, n, d):
+    x = rng.normal(size=(n, d)).astype(np.float32)
+    return x / np.linalg.norm(x, axis=1, keepdims=True)

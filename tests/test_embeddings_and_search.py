@@ -1,0 +1,293 @@
+"""Embedding with a cache that survives anything, and exact, approximate and binary search."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from conftest import unit
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import gpnns_utils as gu
+
+
+def test_embeddings_are_float32_unit_rows_in_the_order_of_the_images(world, cache):
+    encoder = gu.load_encoder("mini", "cpu")
+    embeddings = gu.embed_images(encoder, world)
+    assert embeddings.dtype == np.float32 and embeddings.shape == (240, 128)
+    np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), 1, atol=1e-6)
+    with torch.no_grad():
+        alone = encoder.image_tower(encoder.preprocess(world[17])[None])[0].numpy()
+    np.testing.assert_allclose(embeddings[17], alone / np.linalg.norm(alone), atol=1e-5)
+
+
+def test_worker_processes_change_nothing(folder, cache, monkeypatch):
+    encoder = gu.load_encoder("mini", "cpu")
+    direct = gu.embed_images(encoder, gu.load_images(folder), workers=0)
+    monkeypatch.setenv("GPNNS_CACHE", str(cache) + "2")
+    np.testing.assert_array_equal(gu.embed_images(encoder, gu.load_images(folder), workers=2), direct)
+
+
+def counting(encoder):
+    """The same encoder, and a list that grows by the size of each batch it computes."""
+    batches, tower = [], encoder.image_tower
+
+    def count(batch):
+        batches.append(len(batch))
+        return tower(batch)
+
+    encoder.image_tower = count
+    return batches
+
+
+def test_a_second_run_reads_the_cache(folder, cache):
+    encoder = gu.load_encoder("mini", "cpu")
+    batches = counting(encoder)
+    first = gu.embed_images(encoder, gu.load_images(folder))
+    computed = sum(batches)
+    assert computed == 12
+    np.testing.assert_array_equal(gu.embed_images(encoder, gu.load_images(folder)), first)
+    assert sum(batches) == computed
+
+
+def test_the_cache_follows_content_weights_and_preprocessing(folder, cache):
+    encoder = gu.load_encoder("mini", "cpu")
+    batches = counting(encoder)
+    before = gu.embed_images(encoder, gu.load_images(folder))
+    path = folder / "red" / "0.png"
+    times = path.stat()
+    Image.new("RGB", (50, 40), "black").save(path)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # same name, same time, other content
+    after = gu.embed_images(encoder, gu.load_images(folder))
+    assert sum(batches) == 24 and not np.allclose(before[8], after[8])
+    np.testing.assert_allclose(np.delete(before, 8, 0), np.delete(after, 8, 0), atol=1e-6)
+    other = gu.load_encoder("random", "cpu")
+    assert not np.allclose(gu.embed_images(other, gu.load_images(folder)), after)
+
+
+def test_a_damaged_cache_file_is_named_and_computed_again(folder, cache):
+    encoder = gu.load_encoder("mini", "cpu")
+    first = gu.embed_images(encoder, gu.load_images(folder))
+    (shard,) = cache.rglob("*.npy")
+    shard.write_bytes(shard.read_bytes()[:100])
+    with pytest.warns(UserWarning, match="damaged"):
+        again = gu.embed_images(encoder, gu.load_images(folder))
+    np.testing.assert_array_equal(first, again)
+
+
+SLOW_RUN = """
+import sys, time
+import numpy as np, torch
+import gpnns_utils as gu
+gu.SHARD = 64
+torch.set_num_threads(1)
+encoder = gu.load_encoder("mini", "cpu")
+tower = encoder.image_tower
+def slow(batch):
+    time.sleep(float(sys.argv[2]))
+    return tower(batch)
+encoder.image_tower = slow
+images = gu.load_images("mini", "test")
+images = images.subset(images.labels % 40 < 4)
+np.save(sys.argv[1], gu.embed_images(encoder, images, batch_size=16))
+"""
+
+
+def test_a_killed_run_goes_on_where_it_stopped_with_identical_bits(world, tmp_path):
+    script = tmp_path / "run.py"
+    script.write_text(SLOW_RUN)
+    drawn = gu.cache_folder() / "mini_world"  # drawn once for all tests
+
+    def start(cache, out, pause):
+        (tmp_path / cache).mkdir(exist_ok=True)
+        if not (tmp_path / cache / "mini_world").exists():
+            (tmp_path / cache / "mini_world").symlink_to(drawn)
+        environment = os.environ | {"GPNNS_CACHE": str(tmp_path / cache), "PYTHONPATH": str(gu.HERE)}
+        return subprocess.Popen([sys.executable, str(script), str(tmp_path / out), str(pause)], env=environment)
+
+    def shards(cache):
+        return {p.name: p.stat().st_mtime_ns for p in (tmp_path / cache / "embeddings").rglob("*.npy")}
+
+    process = start("killed", "never.npy", 0.25)
+    deadline = time.time() + 60
+    while len(shards("killed")) < 2 and time.time() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    done = shards("killed")
+    assert 2 <= len(done) < 4, "the run was killed half-way"
+    assert not (tmp_path / "never.npy").exists()
+    assert start("killed", "resumed.npy", 0).wait() == 0
+    assert done.items() <= shards("killed").items(), "finished shards are kept as they were"
+    assert start("fresh", "fresh.npy", 0).wait() == 0
+    assert (tmp_path / "resumed.npy").read_bytes() == (tmp_path / "fresh.npy").read_bytes()
+
+
+def break_some(folder):
+    (folder / "blue" / "1.png").write_bytes(b"not an image")
+    whole = (folder / "green" / "2.png").read_bytes()
+    (folder / "green" / "2.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "red" / "3.png").write_bytes(b"")
+
+
+def test_unreadable_images_are_named_left_out_and_counted(folder, cache):
+    encoder = gu.load_encoder("mini", "cpu")
+    whole = gu.embed_images(encoder, gu.load_images(folder))
+    break_some(folder)
+    for run in ("computed", "from the cache"):
+        images = gu.load_images(folder)
+        with pytest.warns(UserWarning, match="3 of 12 images cannot be read") as caught:
+            embeddings = gu.embed_images(encoder, images)
+        message = str(caught[0].message)
+        assert len(caught) == 1 and all(name in message for name in ("blue/1.png", "green/2.png", "red/3.png")), run
+        assert len(images.left_out) == 3
+        kept = np.setdiff1d(np.arange(12), [1, 6, 11])
+        np.testing.assert_array_equal(images.labels, np.repeat([0, 1, 2], 4)[kept])
+        np.testing.assert_allclose(embeddings, whole[kept], atol=1e-6)
+        assert [p.name for p in images.images][:3] == ["0.png", "2.png", "3.png"]
+
+
+def test_no_readable_image_at_all_is_an_error(folder, cache):
+    for path in folder.rglob("*.png"):
+        path.write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="none of the 12 images can be read; the first is .*0.png"):
+        gu.embed_images(gu.load_encoder("mini", "cpu"), gu.load_images(folder))
+
+
+def test_text_asked_of_an_image_encoder_says_what_to_use(cache):
+    with pytest.raises(ValueError, match="pixels encodes images only; for text, choose mini"):
+        gu.embed_texts(gu.load_encoder("pixels", "cpu"), ["a flower"])
+    with pytest.raises(ValueError, match="no texts"):
+        gu.embed_texts(gu.load_encoder("mini", "cpu"), [])
+
+
+def test_texts_are_cached_and_keep_their_order(cache):
+    encoder = gu.load_encoder("mini", "cpu")
+    texts = ["a red flower", "a blue vase", "a face with glasses"]
+    first = gu.embed_texts(encoder, texts)
+    encoder.text_tower = None.__class__  # never called again: the cache answers
+    np.testing.assert_array_equal(gu.embed_texts(encoder, texts), first)
+    np.testing.assert_allclose(np.linalg.norm(first, axis=1), 1, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("factor", "message"), [(float("nan"), "NaN or infinite"), (float("inf"), "NaN or infinite"), (0.0, "is zero")]
+)
+def test_an_encoder_that_returns_nonsense_is_an_error(world, cache, factor, message):
+    encoder = gu.load_encoder("pixels", "cpu")
+    tower = encoder.image_tower
+    encoder.image_tower = lambda batch: tower(batch) * factor
+    with pytest.raises(ValueError, match=f"the features of pixels: row 0 .*{message}|{message}"):
+        gu.embed_images(encoder, world)
+    assert not list(cache.rglob("*.npy")), "nothing wrong is cached"
+
+
+def test_class_embeddings_average_prompts(cache):
+    encoder = gu.load_encoder("mini", "cpu")
+    classes = gu.class_embeddings(encoder, ["red flower", "blue vase"], ["a {}", "a photo of a {}"])
+    each = gu.embed_texts(encoder, ["a red flower", "a photo of a red flower"])
+    np.testing.assert_allclose(classes[0], gu.unit_rows(each.mean(0, keepdims=True))[0], atol=1e-6)
+    assert gu.zero_shot_accuracy(classes, np.array([0, 1]), classes).mean == 1
+
+
+# --- search ---
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10_000), st.integers(2, 60), st.integers(2, 20), st.sampled_from(["cosine", "l2", "hamming"]))
+def test_exact_search_is_brute_force(seed, n, d, metric):
+    rng = np.random.default_rng(seed)
+    queries, gallery = rng.normal(size=(5, d)).astype(np.float32), rng.normal(size=(n, d)).astype(np.float32)
+    k = int(rng.integers(1, n + 1))
+    scores, rows = gu.search(queries, gallery, k, metric)
+    if metric == "cosine":
+        expected = gu.unit_rows(queries) @ gu.unit_rows(gallery).T
+    elif metric == "l2":
+        expected = np.linalg.norm(queries[:, None] - gallery[None], axis=2)
+    else:
+        expected = ((queries[:, None] > 0) != (gallery[None] > 0)).sum(2)
+    np.testing.assert_allclose(scores, np.take_along_axis(expected, rows, 1), atol=2e-3)
+    best = -np.sort(-expected, axis=1) if metric == "cosine" else np.sort(expected, axis=1)
+    np.testing.assert_allclose(scores, best[:, :k], atol=2e-3)
+
+
+def test_the_query_is_left_out_by_identity_wherever_duplicates_stand():
+    rng = np.random.default_rng(0)
+    gallery = np.repeat(unit(rng, 5, 8), 6, axis=0)  # six exact copies of each
+    own = np.arange(30)
+    for metric in ("cosine", "l2", "hamming"):
+        _, rows = gu.search(gallery, gallery, 4, metric, own=own)
+        assert rows.shape == (30, 4) and not (rows == own[:, None]).any(), metric
+        assert (rows // 6 == own[:, None] // 6).all(), metric
+
+
+@pytest.mark.parametrize("kind", ["flat", "hnsw", "ivf"])
+def test_an_approximate_index_reports_its_recall_against_exact(kind):
+    rng = np.random.default_rng(0)
+    gallery = gu.unit_rows(np.repeat(unit(rng, 100, 32), 20, 0) + 0.5 * unit(rng, 2000, 32))
+    queries = gallery[::40]
+    _, exact = gu.search(queries, gallery, 10)
+    _, found = gu.search(queries, gallery, 10, index=gu.build_index(gallery, kind))
+    recall = gu.neighbour_recall(found, exact)
+    assert recall == 1 if kind == "flat" else 0.8 < recall <= 1
+    assert gu.neighbour_recall(np.full_like(exact, -1), exact) == 0
+
+
+def test_bad_vectors_and_bad_requests_say_what_and_where():
+    x = unit(np.random.default_rng(0), 6, 4)
+    broken = x.copy()
+    broken[3, 0] = np.inf
+    zero = x.copy()
+    zero[2] = 0
+    cases = [
+        (lambda: gu.search(x, broken), "the gallery: row 3 holds NaN or infinite"),
+        (lambda: gu.search(broken, x), "queries: row 3 holds"),
+        (lambda: gu.search(x, zero, 2), "row 2 is zero"),
+        (lambda: gu.search(x, x[:, :3], 2), "queries have 4 dimensions, the gallery 3"),
+        (lambda: gu.search(x, x, 7), "k=7 neighbours cannot be found among 6"),
+        (lambda: gu.search(x, x, 6, own=np.arange(6)), "choose k from 1 to 5"),
+        (lambda: gu.search(x, x, 2, "manhattan"), "choose cosine, l2 or hamming"),
+        (lambda: gu.search(x[0], x, 2), "must be a non-empty array"),
+        (lambda: gu.build_index(x, "tree"), "choose flat, hnsw or ivf"),
+    ]
+    for call, message in cases:
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_binary_codes_are_signs():
+    codes = gu.binary_codes(np.array([[1, -1, 0, 2, -3, 4, 5, -6, 7]], dtype=np.float32))
+    np.testing.assert_array_equal(codes, [[0b10010110, 0b10000000]])
+
+
+def test_progress_says_how_much_is_left_and_stays_silent_for_short_work(capsys, monkeypatch):
+    quick = gu.Progress(10, "quick")
+    quick.update(5)
+    quick.update(10)
+    assert capsys.readouterr().err == ""
+    now = time.time()
+    monkeypatch.setattr(gu.time, "time", lambda: now)
+    slow = gu.Progress(100, "embedding", "images")
+    now += 20
+    slow.update(40)
+    assert "embedding: 40 of 100 images, 30 s left" in capsys.readouterr().err
+    assert "<progress value='40' max='100'>" in slow._repr_html_()
+    now += 30
+    slow.update(100)
+    assert "100 images in 50 s" in capsys.readouterr().err
+
+
+def test_nothing_warns_on_a_normal_run(world, cache):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        encoder = gu.load_encoder("mini", "cpu")
+        embeddings = gu.embed_images(encoder, world)
+        gu.search(embeddings, embeddings, 5, own=np.arange(len(embeddings)))
+        gu.build_index(embeddings, "ivf")

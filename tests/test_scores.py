@@ -1,0 +1,245 @@
+"""Scores against definitions, published toy values and other libraries."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import unit
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
+from scipy.stats import skew
+from sklearn.metrics import average_precision_score
+from sklearn.neighbors import KNeighborsClassifier
+
+import gpnns_utils as gu
+
+TOY = np.array([[1.0, 3.0, 6.0, 8.0]])  # relevant at ranks 1, 3, 6, 8 of 8
+
+
+def scores_as_vectors(scores):
+    """One query and a gallery of unit vectors whose cosines with it order as `scores`."""
+    angles = np.arccos(np.asarray(scores, dtype=float))
+    return np.array([[1.0, 0.0]]), np.stack([np.cos(angles), np.sin(angles)], axis=1)
+
+
+@pytest.mark.parametrize(
+    ("k", "denominator", "expected"),
+    [
+        (None, "relevant", 0.6667),
+        (3, "relevant", 0.4167),
+        (5, "relevant", 0.4167),
+        (3, "min", 0.5556),
+        (5, "min", 0.4167),
+        (3, "hits", 0.8333),
+        (5, "hits", 0.8333),
+    ],
+)
+def test_average_precision_of_the_toy_ranking_is_the_value_each_tool_reports(k, denominator, expected):
+    assert gu.mean_average_precision(TOY, k, denominator).mean == pytest.approx(expected, abs=5e-5)
+
+
+def test_the_trapezoid_rule_of_revisited_oxford_gives_its_toy_value():
+    assert gu.trapezoid_average_precision(TOY).mean == pytest.approx(0.6244, abs=5e-5)
+
+
+def test_ranks_are_those_of_a_sorted_list():
+    query, gallery = scores_as_vectors([0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2])
+    ranks = gu.rank_relevant(query, gallery, [[0, 2, 5, 7]])
+    np.testing.assert_array_equal(ranks, TOY)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10_000), st.integers(2, 40), st.integers(1, 6), st.sampled_from([1, 3]))
+def test_average_precision_equals_scikit_learn_also_with_ties(seed, n, classes, decimals):
+    rng = np.random.default_rng(seed)
+    grid = np.round(rng.uniform(0, 1, (n, 2)) + 0.05, decimals).astype(np.float32)  # a coarse grid makes ties
+    labels = rng.integers(0, classes, n)
+    x = gu.unit_rows(grid)
+    ranks = gu.rank_relevant(x, x, gu.same_label(labels, labels))
+    expected = [average_precision_score(labels == labels[i], x[i] @ x.T) for i in range(n)]
+    # The product of one row and of a block may differ in the last bit and split a tie: compare where they agree.
+    same = [(x[i] @ x.T == (x @ x.T)[i]).all() for i in range(n)]
+    ours = gu.mean_average_precision(ranks).per_query
+    np.testing.assert_allclose(ours[same], np.array(expected)[same], atol=1e-9)
+
+
+def test_a_constant_encoder_wins_nothing():
+    x = np.ones((4, 3), dtype=np.float32)
+    relevant, own = [[1]] * 4, None
+    group = gu.rank_relevant(x, x, relevant, own)
+    assert gu.mean_average_precision(group).mean == 0.25 == average_precision_score([0, 1, 0, 0], [1, 1, 1, 1])
+    assert gu.recall_at_k(group, 1).mean == 0
+    optimistic = gu.mean_average_precision(gu.rank_relevant(x, x, relevant, ties="optimistic")).mean
+    pessimistic = gu.mean_average_precision(gu.rank_relevant(x, x, relevant, ties="pessimistic")).mean
+    assert (optimistic, pessimistic) == (1.0, 0.25)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10_000))
+def test_tie_rules_bound_every_order_of_ties(seed):
+    rng = np.random.default_rng(seed)
+    x = gu.unit_rows(rng.integers(1, 3, (12, 2)).astype(np.float32))
+    labels = rng.integers(0, 3, 12)
+    relevant = gu.same_label(labels, labels)
+    low, high = (
+        gu.mean_average_precision(gu.rank_relevant(x, x, relevant, ties=t)).per_query
+        for t in ("pessimistic", "optimistic")
+    )
+    scores = x @ x.T
+    for i in range(12):
+        order = np.lexsort((rng.random(12), -scores[i]))
+        hits = (labels[order] == labels[i]).astype(float)
+        value = (hits.cumsum() / np.arange(1, 13) * hits).sum() / hits.sum()
+        assert low[i] - 1e-9 <= value <= high[i] + 1e-9
+
+
+def test_full_ranking_map_equals_the_argsort_definition_of_gpr1200_with_the_query_included():
+    rng = np.random.default_rng(0)
+    x, labels = unit(rng, 600, 32), np.repeat(np.arange(60), 10)
+    x = gu.unit_rows(x + np.repeat(unit(rng, 60, 32), 10, axis=0))
+    order = np.argsort(-(x @ x.T), axis=1)
+    hits = (labels[order] == labels[:, None]).astype(float)
+    expected = ((hits.cumsum(1) / np.arange(1, 601)) * hits).sum(1) / 10
+    ours = gu.mean_average_precision(gu.rank_relevant(x, x, gu.same_label(labels, labels)))
+    assert ours.mean == pytest.approx(expected.mean(), abs=1e-5)
+
+
+def test_leave_one_out_equals_pytorch_metric_learning():
+    rng = np.random.default_rng(1)
+    labels = rng.integers(0, 30, 400)
+    x = gu.unit_rows(unit(rng, 400, 16) + 0.7 * unit(rng, 30, 16)[labels])
+    calculator = AccuracyCalculator(
+        include=("mean_average_precision", "precision_at_1"), k=None, device=torch.device("cpu")
+    )
+    theirs = calculator.get_accuracy(torch.from_numpy(x), torch.from_numpy(labels))
+    ranks = gu.rank_relevant(x, x, gu.same_label(labels, labels), leave_out=np.arange(400)[:, None])
+    assert gu.mean_average_precision(ranks).mean == pytest.approx(theirs["mean_average_precision"], abs=1e-5)
+    assert gu.recall_at_k(ranks, 1).mean == pytest.approx(theirs["precision_at_1"], abs=1e-9)
+
+
+def test_the_query_is_left_out_by_identity_even_among_exact_duplicates():
+    x = np.array([[1, 0], [1, 0], [1, 0], [0, 1]], dtype=np.float32)
+    labels = np.array([0, 1, 0, 1])
+    ranks = gu.rank_relevant(x, x, gu.same_label(labels, labels), leave_out=np.arange(4)[:, None])
+    # Query 0 finds image 2 tied with its duplicate of another class; query 1 finds image 3 behind both.
+    np.testing.assert_array_equal(ranks[:, 0], [2, 3, 2, 3])
+
+
+def test_a_query_without_anything_to_find_does_not_count():
+    x = unit(np.random.default_rng(0), 3, 4)
+    labels = np.array([0, 0, 1])
+    ranks = gu.rank_relevant(x, x, gu.same_label(labels, labels), leave_out=np.arange(3)[:, None])
+    score = gu.mean_average_precision(ranks)
+    assert np.isnan(score.per_query[2]) and np.isfinite(score.mean)
+
+
+def test_precision_at_5_divides_by_what_can_be_found():
+    ranks = np.array([[1, 2, 9, np.inf, np.inf, np.inf], [1, 2, 3, 4, 5, 6]])
+    np.testing.assert_allclose(gu.mean_precision_at_5(ranks).per_query, [2 / 3, 1])
+
+
+def test_revisited_protocols_ignore_what_they_should():
+    query, gallery = scores_as_vectors([0.95, 0.9, 0.85, 0.8, 0.7])
+    truth = [{"easy": [1], "hard": [3], "junk": [0]}]
+    scores = {name: score.mean for name, score in gu.revisited_map(query, gallery, truth).items()}
+    assert scores["easy"] == 1.0  # ranks after junk and hard are gone: image 1 is first
+    assert scores["hard"] == pytest.approx((0 + 1 / 2) / 2)  # after junk and easy are gone: rank 2
+    assert scores["medium"] == pytest.approx((1 + (1 / 2 + 2 / 3) / 2) / 2)  # ranks 1 and 3
+
+
+def test_revisited_map_follows_the_reference_loop():
+    def reference(ranks, number):  # 0-based ranks, precision before and at each of them
+        total = 0.0
+        for j, rank in enumerate(ranks):
+            before = 1.0 if rank == 0 else j / rank
+            total += (before + (j + 1) / (rank + 1)) / (2 * number)
+        return total
+
+    rng = np.random.default_rng(0)
+    gallery, queries = unit(rng, 200, 8), unit(rng, 20, 8)
+    parts = [np.split(rng.permutation(200)[:60], [15, 35]) for _ in queries]
+    truth = [{"easy": a, "hard": b, "junk": c} for a, b, c in parts]
+    ours = gu.revisited_map(queries, gallery, truth)["medium"].per_query
+    for i, (easy, hard, junk) in enumerate(parts):
+        order = [j for j in np.argsort(-(gallery @ queries[i])) if j not in set(junk)]
+        ranks = [r for r, j in enumerate(order) if j in set(easy) | set(hard)]
+        assert ours[i] == pytest.approx(reference(ranks, 35), abs=1e-6)
+
+
+def test_a_revisited_query_without_positives_is_skipped():
+    query, gallery = scores_as_vectors([0.9, 0.8])
+    scores = gu.revisited_map(query, gallery, [{"easy": [0], "hard": [], "junk": []}])
+    assert np.isnan(scores["hard"].mean) and scores["easy"].mean == 1
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.07])
+def test_knn_accuracy_is_scikit_learns_vote_with_the_same_weights(temperature):
+    rng = np.random.default_rng(2)
+    labels = rng.integers(0, 5, 300)
+    x = gu.unit_rows(unit(rng, 300, 8) + 0.5 * unit(rng, 5, 8)[labels])
+    train, test = slice(0, 200), slice(200, 300)
+    oracle = KNeighborsClassifier(
+        21, metric="cosine", algorithm="brute", weights=lambda d: np.exp((1 - d) / temperature)
+    )
+    oracle.fit(x[train], labels[train])
+    ours = gu.knn_accuracy(x[test], labels[test], x[train], labels[train], 21, temperature)
+    assert ours.mean == pytest.approx(oracle.score(x[test], labels[test]))
+    assert 0.2 < ours.mean < 1  # the case tells right from wrong
+
+
+def test_text_to_image_recall_counts_any_of_several_relevant_images():
+    query, gallery = scores_as_vectors([0.9, 0.8, 0.7])
+    recalls = [gu.text_to_image_recall(query, gallery, [[1, 2]], k).mean for k in (1, 2, 3)]
+    assert recalls == [0, 1, 1]
+
+
+def test_negative_scores_count_like_any_others():
+    query, gallery = scores_as_vectors([-0.1, -0.2, -0.3, -0.4])
+    ranks = gu.rank_relevant(query, gallery, [[0, 3]])
+    assert gu.mean_average_precision(ranks).mean == pytest.approx((1 + 2 / 4) / 2)
+
+
+def test_hubness_is_the_skewness_of_how_often_rows_are_found():
+    rng = np.random.default_rng(0)
+    queries, gallery = unit(rng, 300, 64), unit(rng, 100, 64)
+    value, counts = gu.hubness(queries, gallery, k=5)
+    assert counts.sum() == 1500
+    assert value == pytest.approx(skew(counts))
+    hub = gallery.copy()
+    hub[0] = gu.unit_rows(queries.mean(0, keepdims=True))[0]
+    assert gu.hubness(queries, hub, k=5)[1][0] > counts[0]
+
+
+def test_an_interval_over_clusters_is_wider_when_queries_of_a_class_succeed_together():
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(50), 10)
+    score = gu.Score(np.repeat(rng.random(50) < 0.5, 10).astype(float))
+    low, high = score.interval()
+    cluster_low, cluster_high = score.interval(labels)
+    assert low < score.mean < high
+    assert cluster_high - cluster_low > 2 * (high - low)
+
+
+def test_a_bootstrap_interval_covers_the_truth_about_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    covered = 0
+    for trial in range(200):
+        low, high = gu.Score((rng.random(100) < 0.3).astype(float)).interval(resamples=300, seed=trial)
+        covered += low <= 0.3 <= high
+    assert 175 <= covered <= 200
+
+
+def test_scores_that_cannot_be_computed_say_why():
+    x = unit(np.random.default_rng(0), 4, 3)
+    with pytest.raises(ValueError, match="3 dimensions, the gallery 2"):
+        gu.rank_relevant(x, x[:, :2], [[0]] * 4)
+    with pytest.raises(ValueError, match="4 queries need as many lists"):
+        gu.rank_relevant(x, x, [[0]] * 3)
+    with pytest.raises(ValueError, match="optimistic"):
+        gu.rank_relevant(x, x, [[0]] * 4, ties="lucky")
+    with pytest.raises(ValueError, match="min or hits"):
+        gu.mean_average_precision(TOY, 3, "all")
+    broken = x.copy()
+    broken[2, 1] = np.nan
+    with pytest.raises(ValueError, match="row 2 holds NaN"):
+        gu.rank_relevant(broken, x, [[0]] * 4)
