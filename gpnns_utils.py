@@ -930,7 +930,9 @@ def rank_relevant(
             if leave_out is not None:
                 row[leave_out[query]] = -np.inf
             wanted = row[relevant[query]]
-            found.append(count_ranks(row, wanted[wanted > -np.inf], ties))
+            if leave_out is not None:
+                wanted = wanted[wanted > -np.inf]
+            found.append(count_ranks(row, wanted, ties))
     ranks = np.full((len(found), max(1, *map(len, found))), np.inf)
     for query, values in enumerate(found):
         ranks[query, : len(values)] = values
@@ -938,19 +940,25 @@ def rank_relevant(
 
 
 def count_ranks(row: np.ndarray, wanted: np.ndarray, ties: str) -> np.ndarray:
-    """Ranks of the scores `wanted` among all scores of `row`, ascending; thresholds and row come from one product."""
+    """Ranks of the scores `wanted` among all scores of `row`, ascending; both come from one matrix product."""
     if len(wanted) == 0:
         return wanted
     wanted = np.sort(wanted)[::-1]
-    above = row >= wanted[-1]  # only rows from the lowest wanted score up matter, and mostly they are few
-    rivals = row.compress(above) if np.count_nonzero(above) * 4 < len(row) else row.copy()
-    rivals.sort()
+    counts = count_above(row, wanted, strict=ties == "optimistic")
     if ties == "group":
-        return len(rivals) - rivals.searchsorted(wanted, "left")
-    side = "right" if ties == "optimistic" else "left"
-    rising = wanted[::-1]
-    others = (len(rivals) - rivals.searchsorted(wanted, side)) - (len(rising) - rising.searchsorted(wanted, side))
-    return others + np.arange(1, len(wanted) + 1)
+        return counts
+    return counts - count_above(wanted, wanted, strict=ties == "optimistic") + np.arange(1, len(wanted) + 1)
+
+
+def count_above(row: np.ndarray, wanted: np.ndarray, strict: bool) -> np.ndarray:
+    """How many scores of `row` are at least (strict: above) each of `wanted`, which descends."""
+    reached = row >= wanted[-1]  # only scores from the lowest wanted one up matter, and mostly they are few
+    if np.count_nonzero(reached) * 12 < len(row) or len(wanted) > 16:
+        rivals = row.compress(reached)
+        rivals.sort()
+        return len(rivals) - rivals.searchsorted(wanted, "right" if strict else "left")
+    above = np.greater if strict else np.greater_equal
+    return np.array([np.count_nonzero(above(row, score)) for score in wanted])
 
 
 def mean_average_precision(ranks: np.ndarray, k: int | None = None, denominator: str = "relevant") -> Score:
@@ -1147,7 +1155,7 @@ def show_images(
     titles: Sequence[Sequence[str]] | None = None,
     frames: Sequence[Sequence] | None = None,
     labels: Sequence[str] = (),
-    size: float = 0.95,
+    size: float = 0.8,
 ) -> Picture:
     """A grid of images with optional titles and frame colors per image, and a label per row.
 
@@ -1171,16 +1179,16 @@ def show_images(
             for spine in axis.spines.values():
                 spine.set(visible=color is not None, color=color or "white", linewidth=3.5)
             if titles and titles[i][j]:
-                axis.set_title(titles[i][j], fontsize=8.5, pad=3)
+                axis.set_title(titles[i][j], fontsize=9.5, pad=3)
         if i < len(labels):
-            figure.text(0.05 / width, (bottom + 0.5 * size) / height, labels[i], fontsize=10, va="center")
+            figure.text(0.05 / width, (bottom + 0.5 * size) / height, labels[i], fontsize=11, va="center")
     return as_jpeg(figure)
 
 
 def as_jpeg(figure) -> Picture:
     """A finished figure as a JPEG picture for the end of a cell; the figure itself is closed."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="jpeg", dpi=90, pil_kwargs={"quality": 80})
+    figure.savefig(buffer, format="jpeg", dpi=78, pil_kwargs={"quality": 60, "optimize": True})
     plt.close(figure)
     return Picture(buffer.getvalue(), format="jpeg")
 
@@ -1207,7 +1215,7 @@ def show_neighbors(
         lines.append(first + [gallery[row] for row in rows[i]])
         titles.append(
             ["query"] * len(first)
-            + [mark + ("" if scores is None else f"{scores[i][j]:.3g}") for j, mark in enumerate(marks)]
+            + [mark + ("" if scores is None else f"{scores[i][j]:.2f}") for j, mark in enumerate(marks)]
         )
         frames.append(
             [None] * len(first)

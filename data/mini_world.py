@@ -26,7 +26,7 @@ DOMAINS = ("landmarks", "nature", "sketches", "objects", "products", "faces")
 # split: (number of the class stream, classes per domain, views per class). `shifted` shows the classes of `test`
 # in another light, so both read the same class stream and differ only in their views.
 SPLITS = {
-    "pairs": (0, 200, 8),
+    "pairs": (0, 300, 8),
     "train": (1, 120, 10),
     "validation": (2, 20, 10),
     "test": (3, 40, 10),

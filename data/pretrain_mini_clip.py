@@ -2,7 +2,7 @@
 
 Plain CLIP: two towers made by open_clip from a JSON config, its own contrastive loss, AdamW, cosine schedule.
 The result is an open_clip folder (`open_clip_config.json`, `open_clip_model.safetensors`) and the vocabulary of its
-tokenizer, together a few MB. Takes about ten minutes on two CPU cores and gives the same weights again on the same
+tokenizer, together a few MB. Takes about twenty minutes on two CPU cores and gives the same weights again on the same
 machine and library versions.
 """
 
@@ -105,7 +105,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=HERE / "mini_clip", help="folder to write the model to")
     parser.add_argument("--cache", type=Path, default=HERE.parent / ".cache", help="where the drawn images are kept")
-    parser.add_argument("--epochs", type=int, default=16)
+    parser.add_argument("--epochs", type=int, default=22)
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--rate", type=float, default=1e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0)

@@ -35,9 +35,10 @@ def run_notebook(path: Path, output: Path, profile: str) -> str | None:
     return None
 
 
-def headline(results: Path) -> str:
-    """The notebook's own headline, from its results file."""
-    return json.loads(results.read_text())["headline"] if results.exists() else ""
+def headline(results: Path, start: float) -> str:
+    """The notebook's own headline, from the results file of this run."""
+    fresh = results.exists() and results.stat().st_mtime >= start - 1
+    return json.loads(results.read_text(encoding="utf-8"))["headline"] if fresh else ""
 
 
 def render(executed: Path, source: Path) -> None:
@@ -66,11 +67,12 @@ def render(executed: Path, source: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--profile", default="mini")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs", help="where executed copies go")
     parser.add_argument("--render", action="store_true", help="refresh the committed outputs")
     parser.add_argument("notebooks", nargs="*", type=Path, help="notebooks to run (default: all, in order)")
     arguments = parser.parse_args()
     paths = arguments.notebooks or sorted(FOLDER.glob("[0-9][0-9]_*.ipynb"))
-    folder = ROOT / "runs" / arguments.profile
+    folder = arguments.runs / arguments.profile
     folder.mkdir(parents=True, exist_ok=True)
     table, failed = [], None
     for number, path in enumerate(paths, 1):
@@ -83,7 +85,7 @@ def main() -> int:
         seconds = time.time() - start
         print("failed" if failed else "done", f"in {seconds:.0f} s", flush=True)
         table.append(
-            (path.stem, f"{seconds:.0f} s", f"FAILED at {failed}" if failed else headline(folder / f"{path.stem}.json"))
+            (path.stem, f"{seconds:.0f} s", f"FAILED at {failed}" if failed else headline(folder / f"{path.stem}.json", start))
         )
         if arguments.render and not failed:
             render(folder / path.name, path)

@@ -1,0 +1,54 @@
+"""Tables of real images for verification, in the form that `load_images` reads: `python tests/real_tables.py REAL OUT`.
+
+REAL is a folder with emoji/, omniglot/, clothing/ and weights/. It is not part of the project: tests that need it skip
+where it is absent.
+"""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+REAL = Path(__file__).resolve().parents[2] / "shared" / "real"
+MOBILENET = f"timm:mobilenetv2_035?pad_type=same&bn_eps=0.001&mean=0.5&std=0.5&crop_pct=1&interpolation=bilinear@{REAL}/weights/mobilenetv2_035.safetensors"
+
+
+def emoji(real: Path):
+    """Test concepts as labels, drawing styles as groups, keywords as captions, the name last."""
+    concepts = json.loads((real / "emoji" / "split.json").read_text())["test"]
+    captions = json.loads((real / "emoji" / "captions.json").read_text())
+    for concept in concepts:
+        words = captions[concept]["captions"]
+        for vendor in ("fluentui", "noto", "openmoji", "twemoji"):
+            yield real / "emoji" / vendor / f"{concept}.png", concept, vendor, "|".join([*words[1:], words[0]])
+
+
+def omniglot(real: Path):
+    """Test characters as labels, alphabets as groups."""
+    alphabets = json.loads((real / "omniglot" / "split.json").read_text())["test"]
+    for folder in sorted((real / "omniglot").iterdir()):
+        alphabet = folder.name.split("__")[0]
+        if alphabet in alphabets:
+            for path in sorted(folder.glob("*.png")):
+                yield path, folder.name, alphabet, ""
+
+
+def clothing(real: Path):
+    """Photos of clothes, their kind as label."""
+    for path in sorted((real / "clothing" / "test").glob("*/*.jpg")):
+        yield path, path.parent.name, "", path.parent.name
+
+
+def write_table(name: str, out: Path, real: Path = REAL) -> Path:
+    """Write out/<name>.csv for one of emoji, omniglot, clothing."""
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / f"{name}.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["path", "label", "group", "caption"])
+        writer.writerows({"emoji": emoji, "omniglot": omniglot, "clothing": clothing}[name](real))
+    return out / f"{name}.csv"
+
+
+if __name__ == "__main__":
+    for name in ("emoji", "omniglot", "clothing"):
+        print(write_table(name, Path(sys.argv[2]), Path(sys.argv[1])))

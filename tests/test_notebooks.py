@@ -1,0 +1,196 @@
+"""Every notebook: its structure, and its execution through papermill in the ways that readers use it."""
+
+import ast
+import json
+import re
+import statistics
+import subprocess
+import sys
+
+import nbformat
+import papermill as pm
+import pytest
+
+import gpnns_utils as gu
+
+FOLDER = gu.HERE / "notebooks"
+PATHS = sorted(FOLDER.glob("[0-9][0-9]_*.ipynb"))
+ids = [path.stem for path in PATHS]
+
+
+def cells(path):
+    return [cell for cell in nbformat.read(path, as_version=4).cells if cell.source.strip()]
+
+
+def code_cells(path):
+    return [cell for cell in cells(path) if cell.cell_type == "code"]
+
+
+def lines(cell):
+    return [line for line in cell.source.splitlines() if line.strip()]
+
+
+def test_the_course_has_its_notebooks():
+    assert ids[:2] == ["01_search_images", "02_benchmark_encoders"]
+
+
+@pytest.mark.parametrize("path", PATHS, ids=ids)
+def test_a_notebook_opens_as_all_do(path):
+    first, *_ = cells(path)
+    assert first.source.startswith("# ")
+    for part in ("colab.research.google.com", "kaggle.com/kernels", "**You will learn**", "**Time**", "**Downloads**", f"notebooks/{path.name}"):
+        assert part in first.source, part
+    setup, reference = code_cells(path)[0].source, code_cells(PATHS[0])[0].source
+    assert setup == reference, "the setup cell is the same in every notebook"
+
+
+@pytest.mark.parametrize("path", PATHS, ids=ids)
+def test_parameters_are_typed_described_and_known_to_papermill(path):
+    (cell,) = [cell for cell in code_cells(path) if "parameters" in cell.metadata.get("tags", [])]
+    known = pm.inspect_notebook(str(path))
+    assert len(known) == len(lines(cell)) and {"profile", "seed"} <= known.keys()
+    for name, parameter in known.items():
+        assert parameter["inferred_type_name"] != "None" and parameter["help"], name
+    assert all(isinstance(node, ast.AnnAssign) for node in ast.parse(cell.source).body)
+
+
+@pytest.mark.parametrize("path", PATHS, ids=ids)
+def test_a_notebook_reads_well_on_its_measures(path):
+    code, everything = code_cells(path), cells(path)
+    sizes = sorted(len(lines(cell)) for cell in code)
+    assert statistics.median(sizes) <= 4 and sizes[int(0.9 * len(sizes))] <= 15 and sizes[-1] <= 25, sizes
+    preceded = sum(a.cell_type == "markdown" and b.cell_type == "code" for a, b in zip(everything, everything[1:], strict=False))
+    assert preceded >= 0.85 * len(code)
+    words = [len(re.findall(r"\w+", cell.source)) for cell in everything if cell.cell_type == "markdown"]
+    assert statistics.median(words) <= 35
+    assert path.stat().st_size < 300 * 1024
+
+
+@pytest.mark.parametrize("path", PATHS, ids=ids)
+def test_a_committed_notebook_was_run_from_top_to_bottom_and_is_clean(path):
+    notebook = nbformat.read(path, as_version=4)
+    assert notebook.metadata["kernelspec"]["name"] == "python3"
+    assert "widgets" not in notebook.metadata and "papermill" not in notebook.metadata
+    assert [cell.execution_count for cell in code_cells(path)] == list(range(1, len(code_cells(path)) + 1))
+    outputs = [output for cell in code_cells(path) for output in cell.outputs]
+    assert not [output for output in outputs if output.output_type == "error"]
+    assert not [output for output in outputs if output.output_type == "stream" and output.name == "stderr"]
+    assert str(gu.HERE) not in path.read_text(encoding="utf-8"), "no path of the machine that ran it"
+
+
+@pytest.mark.parametrize("path", PATHS, ids=ids)
+def test_a_notebook_ends_with_findings_results_exercises_and_a_way_on(path):
+    headings = re.findall(r"^## (.+)$", "\n".join(cell.source for cell in cells(path) if cell.cell_type == "markdown"), re.M)
+    assert headings[-2:] == ["What we found", "Exercises"]
+    assert "gu.save_results(" in "".join(cell.source for cell in code_cells(path))
+    assert "**Next**" in cells(path)[-1].source
+
+
+def test_links_between_notebooks_lead_somewhere():
+    for path in PATHS:
+        for cell in cells(path):
+            for target in re.findall(r"\]\(([\w/.]+\.ipynb)\)", cell.source):
+                assert (FOLDER / target).exists(), target
+
+
+# --- execution ---
+
+
+def execute(path, output, parameters, cwd):
+    """Run through papermill with the guards it lacks: unknown parameters fail, and every cell must have run."""
+    unknown = parameters.keys() - pm.inspect_notebook(str(path)).keys()
+    assert not unknown, f"{path.name} has no parameters {unknown}"
+    notebook = pm.execute_notebook(str(path), str(output), parameters, kernel_name="python3", cwd=str(cwd), progress_bar=False)
+    assert all(cell.execution_count for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip())
+    return notebook
+
+
+def text_of(notebook):
+    return json.dumps([output for cell in notebook.cells for output in cell.get("outputs", [])])
+
+
+@pytest.fixture
+def results(request):
+    """A profile of its own for a test; its folder of results is removed afterwards."""
+    import shutil
+
+    profile = f"test-{request.node.name.split('[')[0][:40]}"
+    yield profile, gu.work_folder() / "runs" / profile
+    shutil.rmtree(gu.work_folder() / "runs" / profile, ignore_errors=True)
+
+
+@pytest.mark.notebook
+@pytest.mark.parametrize("where", ["root", "notebooks"])
+@pytest.mark.parametrize("path", PATHS, ids=ids)
+def test_a_notebook_runs_from_the_root_and_from_its_folder(path, where, tmp_path, results):
+    profile, folder = results
+    execute(path, tmp_path / "out.ipynb", {"profile": profile}, gu.HERE if where == "root" else FOLDER)
+    written = json.loads((folder / f"{path.stem}.json").read_text())
+    assert written.keys() == {"notebook", "profile", "seconds", "headline", "environment", "rows"}
+    assert written["notebook"] == path.stem and written["rows"] and written["headline"]
+    for row in written["rows"]:
+        assert row.keys() == {"model", "task", "split", "group", "metric", "value", "low", "high", "seeds"}
+        assert row["low"] - 1e-6 <= row["value"] <= row["high"] + 1e-6, row
+
+
+def value(folder, notebook, **wanted):
+    rows = json.loads((folder / f"{notebook}.json").read_text())["rows"]
+    (row,) = [row for row in rows if all(row[key] == val for key, val in wanted.items())]
+    return row
+
+
+@pytest.mark.notebook
+def test_anyones_encoders_on_anyones_labelled_folder(folder, tmp_path, results, cache):
+    profile, out = results
+    parameters = {"profile": profile, "images": str(folder), "encoders": '["random", "pixels"]', "dimensions": 4}
+    execute(FOLDER / "02_benchmark_encoders.ipynb", tmp_path / "o.ipynb", parameters, gu.HERE)
+    # Three colors of noise: a thumbnail minus its mean color sees only noise, so it can find nothing reliably.
+    assert value(out, "02_benchmark_encoders", model="random", metric="mAP", group="all", task="image_to_image")["value"] > 60
+    execute(FOLDER / "01_search_images.ipynb", tmp_path / "o.ipynb", {"profile": profile, "images": str(folder), "encoder": "pixels", "k": 3}, gu.HERE)
+
+
+@pytest.mark.notebook
+def test_search_needs_no_labels_and_benchmark_says_that_it_does(folder, tmp_path, results, cache):
+    profile, _ = results
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for i, path in enumerate(sorted(folder.rglob("*.png"))):
+        (flat / f"{i}.png").write_bytes(path.read_bytes())
+    execute(FOLDER / "01_search_images.ipynb", tmp_path / "o.ipynb", {"profile": profile, "images": str(flat), "k": 3}, gu.HERE)
+    with pytest.raises(pm.PapermillExecutionError, match="has no labels: put each class into a folder"):
+        execute(FOLDER / "02_benchmark_encoders.ipynb", tmp_path / "o.ipynb", {"profile": profile, "images": str(flat)}, gu.HERE)
+
+
+@pytest.mark.notebook
+def test_a_typo_in_a_parameter_fails_instead_of_running_the_defaults(tmp_path):
+    with pytest.raises(AssertionError, match="has no parameters"):
+        execute(PATHS[0], tmp_path / "o.ipynb", {"profle": "mini"}, gu.HERE)
+
+
+def write_notebook(path, *sources):
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
+    notebook.cells[0].metadata["tags"] = ["parameters"]
+    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(notebook, path)
+    return str(path)
+
+
+@pytest.mark.notebook
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        ("1 / 0", "FAILED at cell 2: ZeroDivisionError: division by zero"),
+        ("import sys; sys.exit(0)", "did not run|SystemExit"),
+        ("import os; os._exit(1)", "DeadKernelError"),
+    ],
+)
+def test_make_course_stops_at_a_failing_notebook_and_names_it(tmp_path, cell, message):
+    good = write_notebook(tmp_path / "01_good.ipynb", 'profile: str = "mini"  # p')
+    bad = write_notebook(tmp_path / "02_bad.ipynb", 'profile: str = "mini"  # p', cell, "3")
+    after = write_notebook(tmp_path / "03_after.ipynb", 'profile: str = "mini"  # p')
+    command = [sys.executable, str(FOLDER / "run.py"), "--runs", str(tmp_path / "runs"), good, bad, after]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "[1/3] 01_good ... done" in result.stdout and "[2/3] 02_bad ... failed" in result.stdout
+    assert re.search(message, result.stdout), result.stdout
+    assert re.search(r"03_after +not run", result.stdout)
