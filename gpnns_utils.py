@@ -6,12 +6,15 @@ Everything that passes from one section to the next is a plain numpy array or a 
 any point with what you have. Embeddings are float32 (n, d) with unit rows; a row number is an image's identity.
 """
 
+import contextlib
+import csv
 import difflib
 import hashlib
 import html
 import importlib.util
 import io
 import json
+import logging
 import os
 import platform
 import re
@@ -278,8 +281,6 @@ def read_folder(folder: Path, split: str) -> list[dict]:
 
 def read_table(table: Path, split: str) -> list[dict]:
     """One dict per line of a .csv or .tsv table whose first line names its columns."""
-    import csv
-
     with open(table, encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file, delimiter="\t" if table.suffix.lower() == ".tsv" else ","))
     if not rows or "path" not in rows[0]:
@@ -325,22 +326,21 @@ class Encoder:
 
     def __post_init__(self):
         # What preprocessing does to a test picture, the layers with their settings, and all weights: two encoders
-        # share cached embeddings only when all three agree.
+        # share cached embeddings only when all three agree. A tower that is a mere function is known by its output.
         pixels = np.random.default_rng(0).integers(0, 256, (61, 97, 3), dtype=np.uint8)
         probe = self.preprocess(Image.fromarray(pixels))
-        digest = hashlib.blake2b(self.name.encode(), digest_size=12)
-        digest.update(probe.numpy().tobytes())
+        with torch.inference_mode():
+            features = self.image_tower(probe[None].to(self.device)).float().cpu()
+        self.image_size, self.dim = probe.shape[-1], features.shape[-1]
+        digest = hashlib.blake2b(probe.numpy().tobytes(), digest_size=12)
         whole = self.model if self.model is not None else self.image_tower
         if isinstance(whole, torch.nn.Module):
             digest.update(repr(whole).encode())
             for key, tensor in whole.state_dict().items():
-                digest.update(
-                    key.encode() + tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-                )
+                digest.update(key.encode() + tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+        else:
+            digest.update(features.numpy().tobytes())
         self.fingerprint = digest.hexdigest()
-        self.image_size = probe.shape[-1]
-        with torch.inference_mode():
-            self.dim = self.image_tower(probe[None].to(self.device)).shape[-1]
 
 
 def load_encoder(spec: str, device: torch.device | str | None = None) -> Encoder:
@@ -372,7 +372,9 @@ def load_encoder(spec: str, device: torch.device | str | None = None) -> Encoder
             f"unknown encoder {spec!r}; use mini, random, pixels, open_clip:ARCHITECTURE/TAG, timm:NAME or gpnns:ViT-B@FILE"
         )
     state = load_checkpoint(checkpoint) if checkpoint else None
-    return builders[kind](spec, rest or kind, state, device)
+    encoder = builders[kind](spec, rest or kind, state, device)
+    encoder.name = name.partition("?")[0] + (f"@{Path(checkpoint).stem}" if checkpoint else "")
+    return encoder
 
 
 def build_pixels(spec: str, name: str, state: dict | None, device: torch.device) -> Encoder:
@@ -519,7 +521,8 @@ def load_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
             f"{path} is not a readable checkpoint of plain tensors ({str(error).splitlines()[0]}). If you trust it, convert it to safetensors first"
         ) from error
     for key in ("state_dict", "model"):
-        state = state.get(key, state) if isinstance(state, dict) else state
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
     if not isinstance(state, dict) or not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise ValueError(f"{path} holds no state dict (a dict of tensors, perhaps under 'state_dict')")
     return {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in state.items()}
@@ -549,21 +552,15 @@ def classifier_of(model: torch.nn.Module) -> tuple[str, ...]:
     return tuple(f"{name}." for name in ((names,) if isinstance(names, str) else names))
 
 
+@contextlib.contextmanager
 def quiet_open_clip():
     """open_clip logs a warning when no weights are loaded; here that is on purpose."""
-    import contextlib
-    import logging
-
-    @contextlib.contextmanager
-    def quiet():
-        level = logging.root.manager.disable
-        logging.disable(logging.WARNING)
-        try:
-            yield
-        finally:
-            logging.disable(level)
-
-    return quiet()
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(level)
 
 
 def suggest(name: str, known: Sequence[str]) -> str:
@@ -626,7 +623,7 @@ def embed_images(encoder: Encoder, images: ImageSet, batch_size: int = 128, work
     )
     unreadable = np.flatnonzero(np.isnan(embeddings[:, 0]))
     if len(unreadable):
-        leave_out(images, unreadable)
+        drop_unreadable(images, unreadable)
         embeddings = np.delete(embeddings, unreadable, axis=0)
     return embeddings
 
@@ -662,11 +659,7 @@ def embed_in_shards(
 ) -> np.ndarray:
     """Read the shards that the cache holds, compute and save the others; `compute` yields one array per batch of rows."""
     precision = str(best_precision(encoder.device) or torch.float32).removeprefix("torch.")
-    folder = (
-        cache_folder()
-        / "embeddings"
-        / f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', encoder.name)[-60:]}-{encoder.fingerprint}-{precision}-{unit}"
-    )
+    folder = cache_folder() / "embeddings" / f"{encoder.fingerprint}-{precision}-{unit}"
     starts = range(0, len(digests), SHARD)
     paths = {
         start: folder / f"{hashlib.blake2b(b''.join(digests[start : start + SHARD]), digest_size=16).hexdigest()}.npy"
@@ -737,7 +730,7 @@ def content_digest(images: ImageSet, row: int) -> bytes:
     return hashlib.blake2b(content, digest_size=16).digest()
 
 
-def leave_out(images: ImageSet, rows: np.ndarray) -> None:
+def drop_unreadable(images: ImageSet, rows: np.ndarray) -> None:
     """Take unreadable images out of the set, in place, and say so once."""
     reasons = []
     for row in rows:
@@ -880,6 +873,8 @@ class Score:
         The images of a class succeed and fail together: pass their labels as `clusters`, or the interval is too narrow.
         """
         there = np.isfinite(self.per_query)
+        if not there.any():
+            return float("nan"), float("nan")
         members = np.arange(len(there)) if clusters is None else np.unique(clusters, return_inverse=True)[1]
         totals = np.bincount(members[there], self.per_query[there])
         counts = np.bincount(members[there])
@@ -1127,8 +1122,6 @@ def save_results(run: Run, notebook: str, rows: list[dict], headline: str) -> Pa
 
 def load_published(name: str) -> list[dict]:
     """A table of the papers, data/published/<name>.csv: one dict per row, numbers as float, empty cells as None."""
-    import csv
-
     path = DATA / "published" / f"{name}.csv"
     if not path.exists():
         raise FileNotFoundError(
@@ -1210,20 +1203,17 @@ def show_neighbors(
     ]
     lines, titles, frames = [], [], []
     for i, query in enumerate(queries):
+        judged = [None] * len(rows[i]) if right is None else right[i]
         first = [] if isinstance(query, str) else [query]
-        marks = [""] * len(rows[i]) if right is None else ["✓ " if good else "✗ " for good in right[i]]
         lines.append(first + [gallery[row] for row in rows[i]])
-        titles.append(
-            ["query"] * len(first)
-            + [mark + ("" if scores is None else f"{scores[i][j]:.2f}") for j, mark in enumerate(marks)]
+        frames.append([None] * len(first) + [None if good is None else RIGHT if good else WRONG for good in judged])
+        marks = ["" if good is None else "✓ " if good else "✗ " for good in judged]
+        numbers = (
+            [""] * len(marks)
+            if scores is None
+            else [f"{score:.2f}" if scores.dtype.kind == "f" else f"{score} bits" for score in scores[i]]
         )
-        frames.append(
-            [None] * len(first)
-            + [
-                None if right is None else RIGHT if good else WRONG
-                for good in (right[i] if right is not None else rows[i])
-            ]
-        )
+        titles.append(["query"] * len(first) + [mark + number for mark, number in zip(marks, numbers, strict=True)])
     return show_images(lines, titles, frames, texts if any(texts) else ())
 
 

@@ -85,7 +85,11 @@ def main() -> int:
         seconds = time.time() - start
         print("failed" if failed else "done", f"in {seconds:.0f} s", flush=True)
         table.append(
-            (path.stem, f"{seconds:.0f} s", f"FAILED at {failed}" if failed else headline(folder / f"{path.stem}.json", start))
+            (
+                path.stem,
+                f"{seconds:.0f} s",
+                f"FAILED at {failed}" if failed else headline(folder / f"{path.stem}.json", start),
+            )
         )
         if arguments.render and not failed:
             render(folder / path.name, path)

@@ -1,4 +1,5 @@
 import os
+import shutil
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 import numpy as np
@@ -33,6 +34,14 @@ def folder(tmp_path):
             pixels = np.clip(np.array(color) + rng.normal(0, 25, (40, 50, 3)), 0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(path)
     return tmp_path / "photos"
+
+
+@pytest.fixture
+def results(request):
+    """A profile of its own for a test; its folder of results is removed afterwards."""
+    profile = f"test-{request.node.name.split('[')[0][:40]}"
+    yield profile, gu.work_folder() / "runs" / profile
+    shutil.rmtree(gu.work_folder() / "runs" / profile, ignore_errors=True)
 
 
 def unit(rng, n, d):

@@ -29,20 +29,49 @@ def test_dependencies_have_lower_bounds_and_no_upper_pins():
 
 def test_the_required_packages_are_there():
     names = {re.split(">=", r)[0] for r in PROJECT["project"]["dependencies"]}
-    assert {"jupyterlab", "torch", "open_clip_torch", "timm", "faiss-cpu", "matplotlib", "ipywidgets", "papermill"} <= names
+    assert {
+        "jupyterlab",
+        "torch",
+        "open_clip_torch",
+        "timm",
+        "faiss-cpu",
+        "matplotlib",
+        "ipywidgets",
+        "papermill",
+    } <= names
 
 
 def test_the_top_level_holds_what_the_design_names():
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     top = {path.split("/")[0] for path in tracked}
-    allowed = {"README.md", "environment.yml", "pyproject.toml", "Makefile", "gpnns_utils.py", "notebooks", "data", "tests"}
+    allowed = {
+        "README.md",
+        "environment.yml",
+        "pyproject.toml",
+        "Makefile",
+        "gpnns_utils.py",
+        "notebooks",
+        "data",
+        "tests",
+    }
     assert top <= allowed | {".ci", ".gitignore", "LICENSE"}
 
 
 def test_an_installed_package_works_anywhere(tmp_path):
     """What `pip install .` puts into site-packages, used from an unrelated folder."""
     subprocess.run(
-        [sys.executable, "-m", "uv", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path / "site"), str(ROOT)],
+        [
+            sys.executable,
+            "-m",
+            "uv",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-deps",
+            "--target",
+            str(tmp_path / "site"),
+            str(ROOT),
+        ],
         check=True,
     )
     code = "import gpnns_utils as gu; e = gu.load_encoder('mini'); print(gu.HERE); print(gu.embed_texts(e, ['a red flower']).shape); print(len(gu.load_published('mcip_table1')), gu.work_folder())"

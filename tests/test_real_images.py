@@ -36,3 +36,24 @@ def test_search_across_drawing_styles_is_easier_than_within_all(mobilenet, tmp_p
     ranks = gu.rank_relevant(embeddings, embeddings, gu.same_label(photos.labels, photos.labels), leave_out=same_style)
     assert gu.recall_at_k(ranks, 1).mean == pytest.approx(0.545, abs=0.008)
     assert gu.mean_average_precision(ranks).mean == pytest.approx(0.405, abs=0.008)
+
+
+@pytest.mark.notebook
+@pytest.mark.parametrize("name", ["emoji", "omniglot", "clothing"])
+def test_both_notebooks_run_on_real_images(name, tmp_path, results):
+    from test_notebooks import FOLDER, execute, value
+
+    profile, out = results
+    table = str(write_table(name, tmp_path))
+    search = {"profile": profile, "images": table, "encoder": MOBILENET}
+    execute(FOLDER / "01_search_images.ipynb", tmp_path / "01.ipynb", search, gu.HERE)
+    measure = {"profile": profile, "images": table, "encoders": f'["mini", "{MOBILENET}"]'}
+    execute(FOLDER / "02_benchmark_encoders.ipynb", tmp_path / "02.ipynb", measure, gu.HERE)
+    wanted = {
+        "model": "timm:mobilenetv2_035@mobilenetv2_035",
+        "task": "image_to_image",
+        "group": "all",
+        "metric": "mAP",
+    }
+    known = {"emoji": 28.7, "omniglot": 31.5, "clothing": 48.2}[name]
+    assert value(out, "02_benchmark_encoders", **wanted)["value"] == pytest.approx(known, abs=0.8)
