@@ -25,11 +25,13 @@ def run_notebook(path: Path, output: Path, profile: str) -> str | None:
             path, output, {"profile": profile}, kernel_name="python3", cwd=FOLDER, progress_bar=False, log_output=False
         )
     except PapermillExecutionError as error:
-        return f"cell {error.cell_index + 1}: {error.ename}: {error.evalue}"
+        sources = [cell.source for cell in nbformat.read(path, as_version=4).cells]
+        return f"cell {sources.index(error.source) + 1}: {error.ename}: {error.evalue}"
     except (PapermillException, RuntimeError) as error:  # RuntimeError: the kernel died, mostly for lack of memory
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
     # sys.exit() in a cell ends a run silently: only execution counts tell.
-    for number, cell in enumerate(notebook.cells, 1):
+    own = [cell for cell in notebook.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
+    for number, cell in enumerate(own, 1):
         if cell.cell_type == "code" and cell.source.strip() and not cell.execution_count:
             return f"cell {number} did not run"
     return None
