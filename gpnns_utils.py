@@ -9,6 +9,7 @@ any point with what you have. Embeddings are float32 (n, d) with unit rows; a ro
 import contextlib
 import csv
 import difflib
+import errno
 import hashlib
 import html
 import importlib.util
@@ -207,9 +208,11 @@ class ImageSet:
 
 
 def open_image(path: Path) -> Image.Image:
-    """Read an image as RGB: turned upright as its EXIF data say, transparent parts on white."""
+    """Read an image as RGB: turned upright as its EXIF data say, transparent parts on white, 16 bits cut to 8."""
     with Image.open(path) as image:
         image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):
+            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
         if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA"):
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -219,8 +222,8 @@ def open_image(path: Path) -> Image.Image:
 def load_images(source: str | Path, split: str = "test") -> ImageSet:
     """Load "mini" (the drawn world), a folder, or a .csv / .tsv table of images.
 
-    Folder: `label/file`, `group/label/file`, or just files (no labels); a subfolder named like `split` is used when
-    there is one, and `captions.json` maps labels to lists of captions.
+    Folder: `label/file`, `group/label/file`, or just files (no labels). Equal labels in two groups are one class. A
+    subfolder named like `split` is used when there is one, and `captions.json` maps labels to lists of captions.
     Table: a header line with `path` and, if known, `label`, `group`, `caption` (several: separated by `|`), `split`;
     paths are relative to the table. Images are sorted by path, so that rows do not depend on the file system.
     """
@@ -246,7 +249,8 @@ def load_images(source: str | Path, split: str = "test") -> ImageSet:
         raise ValueError(f"{source} is neither a folder nor a .csv or .tsv table")
     rows.sort(key=lambda row: str(row["path"]))
     labels = [row.get("label") or "" for row in rows]
-    names = sorted(set(labels) - {""})
+    names, numbers = np.unique(labels, return_inverse=True)
+    names = names[names != ""].tolist()
     if names and "" in labels:
         raise ValueError(
             f"{source}: {labels.count('')} of {len(rows)} images have no label, for example {rows[labels.index('')]['path']}; give every image one, or none"
@@ -255,7 +259,7 @@ def load_images(source: str | Path, split: str = "test") -> ImageSet:
     return ImageSet(
         name=source.stem,
         images=[row["path"] for row in rows],
-        labels=np.array([names.index(label) for label in labels]) if names else None,
+        labels=numbers if names else None,
         groups=np.array(groups) if any(groups) else None,
         captions=captions if any(captions) else None,
         names=names,
@@ -281,7 +285,7 @@ def read_folder(folder: Path, split: str) -> list[dict]:
 
 def read_table(table: Path, split: str) -> list[dict]:
     """One dict per line of a .csv or .tsv table whose first line names its columns."""
-    with open(table, encoding="utf-8", newline="") as file:
+    with open(table, encoding="utf-8-sig", newline="") as file:  # -sig: spreadsheets write a mark first
         rows = list(csv.DictReader(file, delimiter="\t" if table.suffix.lower() == ".tsv" else ","))
     if not rows or "path" not in rows[0]:
         raise ValueError(f"{table} needs a first line with a column named 'path' and at least one image below it")
@@ -322,25 +326,39 @@ class Encoder:
     model: torch.nn.Module | None = None  # the whole model, both towers, when there is one
     image_size: int = field(init=False)
     dim: int = field(init=False)
-    fingerprint: str = field(init=False)
 
     def __post_init__(self):
-        # What preprocessing does to a test picture, the layers with their settings, and all weights: two encoders
-        # share cached embeddings only when all three agree. A tower that is a mere function is known by its output.
+        probe = self.probe()
+        self.image_size, self.dim = probe.shape[-1], self.features(self.image_tower, probe[None]).shape[-1]
+
+    def probe(self) -> torch.Tensor:
+        """A test picture after preprocessing."""
         pixels = np.random.default_rng(0).integers(0, 256, (61, 97, 3), dtype=np.uint8)
-        probe = self.preprocess(Image.fromarray(pixels))
+        return self.preprocess(Image.fromarray(pixels))
+
+    def features(self, tower: Callable, batch) -> np.ndarray:
+        """What a tower makes of a batch, in full precision."""
         with torch.inference_mode():
-            features = self.image_tower(probe[None].to(self.device)).float().cpu()
-        self.image_size, self.dim = probe.shape[-1], features.shape[-1]
-        digest = hashlib.blake2b(probe.numpy().tobytes(), digest_size=12)
+            return tower(batch.to(self.device) if isinstance(batch, torch.Tensor) else batch).float().cpu().numpy()
+
+    def fingerprint(self) -> str:
+        """A hash that changes with the weights, the layers, the preprocessing, or what the towers do with a probe.
+
+        It is the encoder's part of the cache key, taken anew on each use, because training changes weights in place.
+        """
+        digest = hashlib.blake2b(self.probe().numpy().tobytes(), digest_size=12)
         whole = self.model if self.model is not None else self.image_tower
         if isinstance(whole, torch.nn.Module):
             digest.update(repr(whole).encode())
             for key, tensor in whole.state_dict().items():
                 digest.update(key.encode() + tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-        else:
-            digest.update(features.numpy().tobytes())
-        self.fingerprint = digest.hexdigest()
+        outputs = [self.features(self.image_tower, self.probe()[None])]
+        if self.text_tower is not None:
+            outputs.append(self.features(self.text_tower, ["two red flowers and a blue vase, 37 of 64"]))
+        for output in outputs:  # coarsely rounded: the last bits depend on the number of threads
+            output = np.nan_to_num(output, posinf=1, neginf=-1)
+            digest.update((np.round(output / max(np.abs(output).mean(), 1e-9), 1) + 0.0).tobytes())
+        return digest.hexdigest()
 
 
 def load_encoder(spec: str, device: torch.device | str | None = None) -> Encoder:
@@ -596,6 +614,8 @@ def embed_images(encoder: Encoder, images: ImageSet, batch_size: int = 128, work
     encoder (weights, layers, preprocessing), the precision and the images' content, and are never computed twice: a
     killed run goes on where it stopped, with bit-identical results.
 
+    A shard is 1,024 images in a row: images added at the end leave earlier shards as they are.
+
     Files that cannot be read are taken out of `images` (so rows stay aligned), listed in `images.left_out` and named
     in one warning. Raises ValueError when no image is readable or the encoder returns non-finite or zero vectors.
     """
@@ -635,8 +655,8 @@ def embed_texts(encoder: Encoder, texts: Sequence[str], batch_size: int = 256) -
     """
     if encoder.text_tower is None:
         raise ValueError(f"{encoder.name} encodes images only; for text, choose mini or an open_clip: encoder")
-    if len(texts) == 0:
-        raise ValueError("there are no texts to embed")
+    if len(texts) == 0 or isinstance(texts, str):
+        raise ValueError(f"texts must be a list of at least one string, not {texts!r}")
     digests = [hashlib.blake2b(text.encode(), digest_size=16).digest() for text in texts]
 
     def compute(rows: list[list[int]]):
@@ -659,7 +679,7 @@ def embed_in_shards(
 ) -> np.ndarray:
     """Read the shards that the cache holds, compute and save the others; `compute` yields one array per batch of rows."""
     precision = str(best_precision(encoder.device) or torch.float32).removeprefix("torch.")
-    folder = cache_folder() / "embeddings" / f"{encoder.fingerprint}-{precision}-{unit}"
+    folder = cache_folder() / "embeddings" / f"{encoder.fingerprint()}-{precision}-{unit}"
     starts = range(0, len(digests), SHARD)
     paths = {
         start: folder / f"{hashlib.blake2b(b''.join(digests[start : start + SHARD]), digest_size=16).hexdigest()}.npy"
@@ -711,7 +731,13 @@ class Decoded(Dataset):
     def __getitem__(self, row: int) -> torch.Tensor | None:
         try:
             image = self.images[row]
-        except Exception:  # a decoder may raise anything on broken data
+        except Exception as error:  # a decoder may raise anything on broken data
+            if isinstance(error, MemoryError) or getattr(error, "errno", None) in (
+                errno.EMFILE,
+                errno.ENFILE,
+                errno.ENOMEM,
+            ):
+                raise  # the machine's trouble, not the file's: stop, and go on later
             return None
         return self.preprocess(image)
 
@@ -757,7 +783,10 @@ def drop_unreadable(images: ImageSet, rows: np.ndarray) -> None:
 def unit_rows(vectors: np.ndarray, what: str = "the vectors") -> np.ndarray:
     """Rows divided by their length, float32. Raises ValueError for NaN, infinite or zero rows and names the first."""
     vectors = checked(vectors, what)
-    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    with np.errstate(over="ignore"):
+        lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    if not np.isfinite(lengths).all():
+        raise ValueError(f"{what}: row {int(np.argmax(lengths))} is too long for float32; scale the vectors down")
     if not lengths.all():
         raise ValueError(f"{what}: row {int(np.argmin(lengths))} is zero and has no direction; leave that image out")
     return vectors if np.allclose(lengths, 1, atol=1e-6) else vectors / lengths
@@ -795,7 +824,8 @@ def search(
 
     metric: "cosine" (a similarity: larger is nearer), "l2" (Euclidean distance) or "hamming" (differing bits between
     the signs of the vectors, as in the GP-NNS notebook). own: (n,) the gallery row that is the query itself, which is
-    left out of its results by identity; -1 for none. index: an approximate index made by `build_index`.
+    left out of its results by identity; -1 for none. index: an approximate index made by `build_index`; where it finds
+    fewer than k, the remaining rows are -1.
     """
     queries, gallery = checked(queries, "queries"), checked(gallery, "the gallery")
     same_dimension(queries, gallery)
@@ -815,7 +845,8 @@ def search(
     if own is None:
         return scores, rows
     # The query's own row goes where it is found; where something else pushed it out, the last neighbour goes.
-    is_own = rows == np.asarray(own)[:, None]
+    own = np.asarray(own)[:, None]
+    is_own = (rows == own) & (own >= 0)
     is_own[~is_own.any(axis=1), -1] = True
     return scores[~is_own].reshape(len(rows), k), rows[~is_own].reshape(len(rows), k)
 
@@ -824,6 +855,8 @@ def build_index(gallery: np.ndarray, kind: str = "hnsw", metric: str = "cosine")
     """A faiss index: "flat" (exact), or approximate: "hnsw" (a graph), "ivf" (cells, a tenth of which are visited)."""
     gallery = checked(gallery, "the gallery")
     n, d = gallery.shape
+    if kind not in ("flat", "hnsw", "ivf"):
+        raise ValueError(f"unknown kind of index {kind!r}; choose flat, hnsw or ivf")
     if metric == "hamming":
         index, rows = faiss.IndexBinaryFlat(8 * ((d + 7) // 8)), binary_codes(gallery)
     elif metric in ("cosine", "l2"):
@@ -831,8 +864,6 @@ def build_index(gallery: np.ndarray, kind: str = "hnsw", metric: str = "cosine")
         measure = faiss.METRIC_INNER_PRODUCT if metric == "cosine" else faiss.METRIC_L2
         cells = max(1, int(np.sqrt(n)))
         recipes = {"flat": "Flat", "hnsw": "HNSW32,Flat", "ivf": f"IVF{cells},Flat"}
-        if kind not in recipes:
-            raise ValueError(f"unknown kind of index {kind!r}; choose flat, hnsw or ivf")
         index = faiss.index_factory(d, recipes[kind], measure)
         if kind == "ivf":
             index.cp.min_points_per_centroid = 1  # small galleries are fine here, no need for faiss to warn
@@ -879,8 +910,9 @@ class Score:
         totals = np.bincount(members[there], self.per_query[there])
         counts = np.bincount(members[there])
         totals, counts = totals[counts > 0], counts[counts > 0]
-        drawn = np.random.default_rng(seed).integers(0, len(counts), (resamples, len(counts)))
-        return tuple(np.percentile(totals[drawn].sum(1) / counts[drawn].sum(1), [2.5, 97.5]))
+        rng = np.random.default_rng(seed)
+        drawn = (rng.integers(0, len(counts), len(counts)) for _ in range(resamples))
+        return tuple(np.percentile([totals[rows].sum() / counts[rows].sum() for rows in drawn], [2.5, 97.5]).tolist())
 
     def where(self, mask: np.ndarray) -> "Score":
         """The same score over a part of the queries."""
@@ -904,7 +936,7 @@ def rank_relevant(
     that score at least as high, counted while the matrix product of unit rows passes by in small blocks.
 
     relevant: for each query, the gallery rows to find. leave_out: for each query, rows that do not take part: the
-    query itself, junk; they are taken out of `relevant` too. ties: "group" ranks rows of equal score at the end of
+    query itself, junk (-1 for none); they are taken out of `relevant` too. ties: "group" ranks rows of equal score at the end of
     their group, as scikit-learn does; "optimistic" and "pessimistic" put the relevant ones first or last, which
     bounds what any order of ties can give.
     """
@@ -923,7 +955,8 @@ def rank_relevant(
         rows = np.matmul(queries[start : start + block], gallery.T, out=scores[: len(queries[start : start + block])])
         for query, row in enumerate(rows, start):
             if leave_out is not None:
-                row[leave_out[query]] = -np.inf
+                absent = np.asarray(leave_out[query], dtype=int)
+                row[absent[absent >= 0]] = -np.inf
             wanted = row[relevant[query]]
             if leave_out is not None:
                 wanted = wanted[wanted > -np.inf]

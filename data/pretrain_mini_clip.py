@@ -44,7 +44,7 @@ def write_vocabulary(path: Path, captions: list[str]) -> None:
 
 
 def augment(images: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    """uint8 (b, 3, 64, 64) -> float (b, 3, 48, 48): one random crop for the batch, brightness for each image."""
+    """uint8 (b, 3, 64, 64) -> float (b, 3, 48, 48): one random crop for the batch, contrast for each image."""
     side = int(rng.integers(50, 65))
     x, y = rng.integers(0, 65 - side, 2)
     images = images[:, :, y : y + side, x : x + side].float() / 127.5 - 1

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import nbformat
 import papermill
-from papermill.exceptions import PapermillException, PapermillExecutionError
+from papermill.exceptions import PapermillExecutionError
 
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parent
@@ -21,20 +21,44 @@ ROOT = FOLDER.parent
 def run_notebook(path: Path, output: Path, profile: str) -> str | None:
     """Execute one notebook; None when every cell ran, else what went wrong and where."""
     try:
-        notebook = papermill.execute_notebook(
-            path, output, {"profile": profile}, kernel_name="python3", cwd=FOLDER, progress_bar=False, log_output=False
+        papermill.execute_notebook(
+            path,
+            output,
+            {"profile": profile},
+            kernel_name="python3",
+            cwd=FOLDER,
+            progress_bar=False,
+            extra_arguments=["--log-level=ERROR"],  # the kernel's own start-up notes are not the reader's concern
         )
     except PapermillExecutionError as error:
-        sources = [cell.source for cell in nbformat.read(path, as_version=4).cells]
-        return f"cell {sources.index(error.source) + 1}: {error.ename}: {error.evalue}"
-    except (PapermillException, RuntimeError) as error:  # RuntimeError: the kernel died, mostly for lack of memory
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        return f"cell {own_number(path, error.cell_index)}: {error.ename}: {error.evalue}"
+    except Exception as error:  # no kernel, or one that died, mostly for lack of memory
+        message = str(error).strip().splitlines()
+        return f"cell {first_not_run(output)}: {type(error).__name__}: {message[0] if message else ''}"
     # sys.exit() in a cell ends a run silently: only execution counts tell.
-    own = [cell for cell in notebook.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
-    for number, cell in enumerate(own, 1):
-        if cell.cell_type == "code" and cell.source.strip() and not cell.execution_count:
-            return f"cell {number} did not run"
-    return None
+    number = first_not_run(output)
+    return f"cell {number}: it did not run" if number else None
+
+
+def own_number(path: Path, index: int) -> int:
+    """The number, from 1, of an executed cell in the notebook itself, which lacks the injected parameters."""
+    cells = nbformat.read(path, as_version=4).cells
+    parameters = next((i for i, cell in enumerate(cells) if "parameters" in cell.metadata.get("tags", [])), -1)
+    return index + 1 - (index > parameters)
+
+
+def first_not_run(output: Path) -> int | None:
+    """The number of the first code cell without an execution count."""
+    if not output.exists():
+        return 1
+    cells = nbformat.read(output, as_version=4).cells
+    own = [cell for cell in cells if "injected-parameters" not in cell.metadata.get("tags", [])]
+    waiting = [
+        i
+        for i, cell in enumerate(own, 1)
+        if cell.cell_type == "code" and cell.source.strip() and not cell.execution_count
+    ]
+    return waiting[0] if waiting else None
 
 
 def headline(results: Path, start: float) -> str:

@@ -42,6 +42,7 @@ def clothing(real: Path):
 def write_table(name: str, out: Path, real: Path = REAL) -> Path:
     """Write out/<name>.csv for one of emoji, omniglot, clothing."""
     out.mkdir(parents=True, exist_ok=True)
+    real = real.resolve()
     with open(out / f"{name}.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["path", "label", "group", "caption"])

@@ -62,6 +62,18 @@ def test_captions_go_from_coarse_to_fine_and_different_classes_share_them():
     assert len(by_caption) < 200 and shared >= 40
 
 
+def test_the_mini_clip_can_be_pretrained_again(tmp_path, monkeypatch):
+    import open_clip
+    import pretrain_mini_clip
+
+    monkeypatch.setitem(mini_world.SPLITS, "pairs", (0, 2, 3))
+    for out in ("first", "second"):
+        pretrain_mini_clip.pretrain(tmp_path / out, tmp_path, epochs=1, batch_size=12, rate=1e-3, seed=0)
+    first, second = ((tmp_path / out / "open_clip_model.safetensors").read_bytes() for out in ("first", "second"))
+    assert first == second, "the same seed gives the same weights"
+    assert open_clip.create_model(f"local-dir:{tmp_path / 'first'}").visual.output_dim == 128
+
+
 def test_a_split_is_drawn_once_and_a_killed_drawing_leaves_nothing_behind(tmp_path, monkeypatch):
     monkeypatch.setitem(mini_world.SPLITS, "tiny", (7, 1, 2))
     calls = []

@@ -150,7 +150,6 @@ def test_anyones_encoders_on_anyones_labelled_folder(folder, tmp_path, results, 
     profile, out = results
     parameters = {"profile": profile, "images": str(folder), "encoders": '["random", "pixels"]', "dimensions": 4}
     execute(FOLDER / "02_benchmark_encoders.ipynb", tmp_path / "o.ipynb", parameters, gu.HERE)
-    # Three colors of noise: a thumbnail minus its mean color sees only noise, so it can find nothing reliably.
     assert (
         value(out, "02_benchmark_encoders", model="random", metric="mAP", group="all", task="image_to_image")["value"]
         > 60
@@ -161,6 +160,24 @@ def test_anyones_encoders_on_anyones_labelled_folder(folder, tmp_path, results, 
         {"profile": profile, "images": str(folder), "encoder": "pixels", "k": 3},
         gu.HERE,
     )
+
+
+@pytest.mark.notebook
+def test_broken_files_stop_neither_notebook(folder, tmp_path, results, cache):
+    profile, out = results
+    (folder / "blue" / "0.png").write_bytes(b"broken")
+    (folder / "red" / "3.png").write_bytes(b"")
+    mine = {"profile": profile, "images": str(folder)}
+    notebook = execute(FOLDER / "01_search_images.ipynb", tmp_path / "o.ipynb", mine | {"k": 3}, gu.HERE)
+    assert "2 of 12 images cannot be read" in text_of(notebook)
+    execute(
+        FOLDER / "02_benchmark_encoders.ipynb",
+        tmp_path / "o.ipynb",
+        mine | {"encoders": "pixels, mini", "dimensions": 4},
+        gu.HERE,
+    )
+    wanted = {"model": "mini", "metric": "mAP", "group": "all", "task": "image_to_image"}
+    assert value(out, "02_benchmark_encoders", **wanted)["value"] > 60
 
 
 @pytest.mark.notebook
@@ -204,8 +221,8 @@ def write_notebook(path, *sources):
     ("cell", "message"),
     [
         ("1 / 0", "FAILED at cell 2: ZeroDivisionError: division by zero"),
-        ("import sys; sys.exit(0)", "did not run|SystemExit"),
-        ("import os; os._exit(1)", "DeadKernelError"),
+        ("import sys; sys.exit(0)", "FAILED at cell [23]: (it did not run|SystemExit)"),
+        ("import os; os._exit(1)", "FAILED at cell 2: DeadKernelError"),
     ],
 )
 def test_make_course_stops_at_a_failing_notebook_and_names_it(tmp_path, cell, message):

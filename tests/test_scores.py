@@ -56,11 +56,10 @@ def test_average_precision_equals_scikit_learn_also_with_ties(seed, n, classes, 
     labels = rng.integers(0, classes, n)
     x = gu.unit_rows(grid)
     ranks = gu.rank_relevant(x, x, gu.same_label(labels, labels))
-    expected = [average_precision_score(labels == labels[i], x[i] @ x.T) for i in range(n)]
-    # The product of one row and of a block may differ in the last bit and split a tie: compare where they agree.
-    same = [(x[i] @ x.T == (x @ x.T)[i]).all() for i in range(n)]
-    ours = gu.mean_average_precision(ranks).per_query
-    np.testing.assert_allclose(ours[same], np.array(expected)[same], atol=1e-9)
+    # Another product may differ in the last bit and split a tie: scikit-learn sees the very same scores.
+    scores = np.matmul(x[:256], x.T, out=np.empty((n, n), dtype=np.float32))
+    expected = [average_precision_score(labels == labels[i], scores[i]) for i in range(n)]
+    np.testing.assert_allclose(gu.mean_average_precision(ranks).per_query, expected, atol=1e-9)
 
 
 def test_a_constant_encoder_wins_nothing():
@@ -93,15 +92,18 @@ def test_tie_rules_bound_every_order_of_ties(seed):
         assert low[i] - 1e-9 <= value <= high[i] + 1e-9
 
 
-def test_full_ranking_map_equals_the_argsort_definition_of_gpr1200_with_the_query_included():
+def test_full_ranking_map_at_gpr1200s_size_equals_its_argsort_definition_with_the_query_included():
     rng = np.random.default_rng(0)
-    x, labels = unit(rng, 600, 32), np.repeat(np.arange(60), 10)
-    x = gu.unit_rows(x + np.repeat(unit(rng, 60, 32), 10, axis=0))
-    order = np.argsort(-(x @ x.T), axis=1)
-    hits = (labels[order] == labels[:, None]).astype(float)
-    expected = ((hits.cumsum(1) / np.arange(1, 601)) * hits).sum(1) / 10
+    labels = np.repeat(np.arange(1200), 10)
+    x = gu.unit_rows(unit(rng, 12000, 512) + 0.38 * unit(rng, 1200, 512)[labels])
+    expected, places = [], np.arange(1, 12001)
+    for start in range(0, 12000, 1000):
+        order = np.argsort(-(x[start : start + 1000] @ x.T), axis=1)
+        hits = (labels[order] == labels[start : start + 1000, None]).astype(np.float32)
+        expected.append((hits.cumsum(1) / places * hits).sum(1) / 10)
     ours = gu.mean_average_precision(gu.rank_relevant(x, x, gu.same_label(labels, labels)))
-    assert ours.mean == pytest.approx(expected.mean(), abs=1e-5)
+    assert 0.3 < ours.mean < 0.7
+    assert ours.mean == pytest.approx(np.concatenate(expected).mean(), abs=1e-5)
 
 
 def test_leave_one_out_equals_pytorch_metric_learning():
@@ -123,6 +125,12 @@ def test_the_query_is_left_out_by_identity_even_among_exact_duplicates():
     ranks = gu.rank_relevant(x, x, gu.same_label(labels, labels), leave_out=np.arange(4)[:, None])
     # Query 0 finds image 2 tied with its duplicate of another class; query 1 finds image 3 behind both.
     np.testing.assert_array_equal(ranks[:, 0], [2, 3, 2, 3])
+
+
+def test_minus_one_leaves_nothing_out():
+    x = unit(np.random.default_rng(0), 5, 3)
+    kept = gu.rank_relevant(x, x, [[4]] * 5, leave_out=[[-1]] * 5)
+    np.testing.assert_array_equal(kept, gu.rank_relevant(x, x, [[4]] * 5))
 
 
 def test_a_query_without_anything_to_find_does_not_count():
@@ -226,7 +234,7 @@ def test_a_bootstrap_interval_covers_the_truth_about_as_often_as_it_says():
     for trial in range(200):
         low, high = gu.Score((rng.random(100) < 0.3).astype(float)).interval(resamples=300, seed=trial)
         covered += low <= 0.3 <= high
-    assert 175 <= covered <= 200
+    assert 175 <= covered <= 198
 
 
 def test_scores_that_cannot_be_computed_say_why():
