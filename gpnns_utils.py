@@ -23,6 +23,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import parse_qsl
@@ -39,6 +40,7 @@ from IPython.display import HTML, display
 from IPython.display import Image as Picture
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
+from threadpoolctl import threadpool_limits
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
@@ -948,19 +950,23 @@ def rank_relevant(
         raise ValueError(
             f"{len(queries)} queries need as many lists of relevant rows (and of rows to leave out), not {len(relevant)}"
         )
-    block = max(1, min(256, 2**22 // len(gallery)))  # at most 16 MB of scores at a time
-    scores = np.empty((block, len(gallery)), dtype=np.float32)
-    found = []
-    for start in range(0, len(queries), block):
-        rows = np.matmul(queries[start : start + block], gallery.T, out=scores[: len(queries[start : start + block])])
-        for query, row in enumerate(rows, start):
+    workers = os.cpu_count() or 1
+    block = max(1, min(256, 2**23 // (workers * len(gallery))))  # at most 32 MB of scores at a time
+
+    def rank_block(start: int) -> list[np.ndarray]:
+        scores = queries[start : start + block] @ gallery.T
+        found = []
+        for query, row in enumerate(scores, start):
             if leave_out is not None:
                 absent = np.asarray(leave_out[query], dtype=int)
                 row[absent[absent >= 0]] = -np.inf
             wanted = row[relevant[query]]
-            if leave_out is not None:
-                wanted = wanted[wanted > -np.inf]
-            found.append(count_ranks(row, wanted, ties))
+            found.append(count_ranks(row, wanted if leave_out is None else wanted[wanted > -np.inf], ties))
+        return found
+
+    # One product per core, rather than all cores on each product: then they also share the counting.
+    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(workers) as pool:
+        found = [ranks for part in pool.map(rank_block, range(0, len(queries), block)) for ranks in part]
     ranks = np.full((len(found), max(1, *map(len, found))), np.inf)
     for query, values in enumerate(found):
         ranks[query, : len(values)] = values
@@ -980,13 +986,12 @@ def count_ranks(row: np.ndarray, wanted: np.ndarray, ties: str) -> np.ndarray:
 
 def count_above(row: np.ndarray, wanted: np.ndarray, strict: bool) -> np.ndarray:
     """How many scores of `row` are at least (strict: above) each of `wanted`, which descends."""
-    reached = row >= wanted[-1]  # only scores from the lowest wanted one up matter, and mostly they are few
-    if np.count_nonzero(reached) * 12 < len(row) or len(wanted) > 16:
-        rivals = row.compress(reached)
+    rivals = row.compress(row >= wanted[-1])  # only scores from the lowest wanted one up matter, mostly they are few
+    if len(rivals) * 12 < len(row) or len(wanted) > 16:
         rivals.sort()
         return len(rivals) - rivals.searchsorted(wanted, "right" if strict else "left")
     above = np.greater if strict else np.greater_equal
-    return np.array([np.count_nonzero(above(row, score)) for score in wanted])
+    return np.array([np.count_nonzero(above(rivals, score)) for score in wanted])
 
 
 def mean_average_precision(ranks: np.ndarray, k: int | None = None, denominator: str = "relevant") -> Score:
