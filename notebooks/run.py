@@ -34,10 +34,10 @@ def run_notebook(path: Path, output: Path, profile: str) -> str | None:
         return f"cell {own_number(path, error.cell_index)}: {error.ename}: {error.evalue}"
     except Exception as error:  # no kernel, or one that died, mostly for lack of memory
         message = str(error).strip().splitlines()
-        return f"cell {first_not_run(output)}: {type(error).__name__}: {message[0] if message else ''}"
+        return f"cell {max(executed(output)[0], default=1)}: {type(error).__name__}: {message[0] if message else ''}"
     # sys.exit() in a cell ends a run silently: only execution counts tell.
-    number = first_not_run(output)
-    return f"cell {number}: it did not run" if number else None
+    waiting = executed(output)[1]
+    return f"cell {waiting[0]}: it did not run" if waiting else None
 
 
 def own_number(path: Path, index: int) -> int:
@@ -47,18 +47,12 @@ def own_number(path: Path, index: int) -> int:
     return index + 1 - (index > parameters)
 
 
-def first_not_run(output: Path) -> int | None:
-    """The number of the first code cell without an execution count."""
-    if not output.exists():
-        return 1
-    cells = nbformat.read(output, as_version=4).cells
+def executed(output: Path) -> tuple[list[int], list[int]]:
+    """The numbers, from 1, of the code cells that were started and of those that were not."""
+    cells = nbformat.read(output, as_version=4).cells if output.exists() else []
     own = [cell for cell in cells if "injected-parameters" not in cell.metadata.get("tags", [])]
-    waiting = [
-        i
-        for i, cell in enumerate(own, 1)
-        if cell.cell_type == "code" and cell.source.strip() and not cell.execution_count
-    ]
-    return waiting[0] if waiting else None
+    code = [(i, cell) for i, cell in enumerate(own, 1) if cell.cell_type == "code" and cell.source.strip()]
+    return [i for i, cell in code if cell.execution_count], [i for i, cell in code if not cell.execution_count]
 
 
 def headline(results: Path, start: float) -> str:
