@@ -35,7 +35,7 @@ def run_notebook(path: Path, output: Path, profile: str) -> str | None:
     except Exception as error:  # no kernel, or one that died, mostly for lack of memory
         message = str(error).strip().splitlines()
         return f"cell {max(executed(output)[0], default=1)}: {type(error).__name__}: {message[0] if message else ''}"
-    # sys.exit() in a cell ends a run silently: only execution counts tell.
+    # sys.exit() in a cell ends a run silently: only what was never started tells.
     waiting = executed(output)[1]
     return f"cell {waiting[0]}: it did not run" if waiting else None
 
@@ -52,7 +52,8 @@ def executed(output: Path) -> tuple[list[int], list[int]]:
     cells = nbformat.read(output, as_version=4).cells if output.exists() else []
     own = [cell for cell in cells if "injected-parameters" not in cell.metadata.get("tags", [])]
     code = [(i, cell) for i, cell in enumerate(own, 1) if cell.cell_type == "code" and cell.source.strip()]
-    return [i for i, cell in code if cell.execution_count], [i for i, cell in code if not cell.execution_count]
+    begun = [i for i, cell in code if cell.metadata.get("papermill", {}).get("start_time")]
+    return begun, [i for i, _ in code if i not in begun]
 
 
 def headline(results: Path, start: float) -> str:
