@@ -689,10 +689,8 @@ def embed_in_shards(
     }
     shards = {start: read_shard(path, encoder.dim) for start, path in paths.items()}
     missing = [start for start in starts if shards[start] is None]
-    progress, done = (
-        Progress(len(digests), label, unit),
-        len(digests) - sum(min(SHARD, len(digests) - start) for start in missing),
-    )
+    progress = Progress(len(digests), label, unit)
+    done = len(digests) - sum(min(SHARD, len(digests) - start) for start in missing)
     # Batches never cross a shard: a resumed run forms the same batches, hence the same bits.
     rows = [
         (start, list(range(i, min(i + batch_size, start + SHARD, len(digests)))))
