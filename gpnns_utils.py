@@ -852,7 +852,10 @@ def search(
 
 
 def build_index(gallery: np.ndarray, kind: str = "hnsw", metric: str = "cosine") -> faiss.Index:
-    """A faiss index: "flat" (exact), or approximate: "hnsw" (a graph), "ivf" (cells, a tenth of which are visited)."""
+    """A faiss index: "flat" (exact), or approximate: "hnsw" (a graph), "ivf" (cells, a tenth of which are visited).
+
+    Binary codes are so cheap to compare that with the metric "hamming" every kind is exact.
+    """
     gallery = checked(gallery, "the gallery")
     n, d = gallery.shape
     if kind not in ("flat", "hnsw", "ivf"):

@@ -20,6 +20,7 @@ ROOT = FOLDER.parent
 
 def run_notebook(path: Path, output: Path, profile: str) -> str | None:
     """Execute one notebook; None when every cell ran, else what went wrong and where."""
+    output.unlink(missing_ok=True)  # an earlier run's copy must not speak for this one
     try:
         papermill.execute_notebook(
             path,
@@ -62,9 +63,9 @@ def headline(results: Path, start: float) -> str:
     return json.loads(results.read_text(encoding="utf-8"))["headline"] if fresh else ""
 
 
-def render(executed: Path, source: Path) -> None:
+def render(copy: Path, source: Path) -> None:
     """Replace the committed notebook by the executed one, without what only this run knows."""
-    notebook = nbformat.read(executed, as_version=4)
+    notebook = nbformat.read(copy, as_version=4)
     notebook.cells = [cell for cell in notebook.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
     count = 0
     for cell in notebook.cells:
