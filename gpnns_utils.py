@@ -1,6 +1,6 @@
 """What the notebooks of this course share, in the order in which data flows.
 
-where are we -> images -> encoders -> embeddings -> neighbours -> scores -> results -> pictures
+where are we -> images -> encoders -> embeddings -> neighbours -> scores -> fine-tuning -> results -> pictures
 
 Everything that passes from one section to the next is a plain numpy array or a small dataclass, so you can leave at
 any point with what you have. Embeddings are float32 (n, d) with unit rows; a row number is an image's identity.
@@ -19,15 +19,18 @@ import logging
 import os
 import platform
 import re
+import shutil
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import parse_qsl
 
+import accelerate
 import faiss
 import matplotlib
 import matplotlib.pyplot as plt
@@ -35,12 +38,18 @@ import numpy as np
 import open_clip
 import timm
 import torch
+import torch.nn.functional as F
 from IPython import get_ipython
 from IPython.display import HTML, display
 from IPython.display import Image as Picture
 from PIL import Image, ImageOps
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from threadpoolctl import threadpool_limits
+from timm.optim import param_groups_layer_decay
+from timm.scheduler import CosineLRScheduler
+from timm.utils import ModelEmaV3
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
@@ -130,9 +139,10 @@ class Progress:
     Nothing is shown for work that ends within a second.
     """
 
-    def __init__(self, total: int, label: str, unit: str = "images"):
+    def __init__(self, total: int, label: str, unit: str = "images", done: int = 0):
         self.total, self.label, self.unit = total, label, unit
-        self.done, self.start, self.shown, self.handle = 0, time.time(), 0.0, None
+        self.done = self.first = done
+        self.start, self.shown, self.handle = time.time(), 0.0, None
 
     def update(self, done: int) -> None:
         self.done = done
@@ -150,22 +160,39 @@ class Progress:
             self.handle.update(self)
 
     def __repr__(self) -> str:
-        spent = time.time() - self.start
+        spent, here = time.time() - self.start, self.done - self.first
         if self.done >= self.total:
-            return f"{self.label}: {self.total:,} {self.unit} in {spent:.0f} s"
-        return f"{self.label}: {self.done:,} of {self.total:,} {self.unit}, {spent / max(self.done, 1) * (self.total - self.done):.0f} s left"
+            return f"{self.label}: {here:,} {self.unit} in {spent:.0f} s"
+        return f"{self.label}: {self.done:,} of {self.total:,} {self.unit}, {spent / max(here, 1) * (self.total - self.done):.0f} s left"
 
     def _repr_html_(self) -> str:
         return f"<progress value='{self.done}' max='{self.total}'></progress> {html.escape(repr(self))}"
 
 
 def write_atomically(path: Path, write: Callable) -> None:
-    """Call `write(file)` on a temporary file and move it to `path`: a killed process never leaves half a file there."""
+    """Call `write(file)` on a temporary file and move it to `path`: a killed process never leaves half a file there.
+
+    When writing fails, as on a full disk, the temporary file is removed, an earlier `path` stays, and OSError says so.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with open(partial, "wb") as file:
-        write(file)
-    os.replace(partial, path)
+    try:
+        with open(partial, "wb") as file:
+            write(file)
+        os.replace(partial, path)
+    except WRITE_ERRORS as error:
+        raise OSError(disk_message(path, error)) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # what open(), torch.save and safetensors raise on a full disk
+
+
+def disk_message(path: Path, error: Exception) -> str:
+    kept = "what was there before is still there" if path.exists() else "nothing was written"
+    free = shutil.disk_usage(path.parent).free / 1e6
+    return f"could not write {path} ({str(error).splitlines()[0]}; {free:,.0f} MB free), {kept}. Free some space and run again"
 
 
 # --- images ----------------------------------------------------------------------------------------------------------
@@ -326,6 +353,7 @@ class Encoder:
     text_tower: Callable[[list[str]], torch.Tensor] | None = None
     device: torch.device = torch.device("cpu")
     model: torch.nn.Module | None = None  # the whole model, both towers, when there is one
+    origin: dict = field(default_factory=dict)  # how to build it again: its name, and what `add_head` changed
     image_size: int = field(init=False)
     dim: int = field(init=False)
 
@@ -392,7 +420,14 @@ def load_encoder(spec: str, device: torch.device | str | None = None) -> Encoder
             f"unknown encoder {spec!r}; use mini, random, pixels, open_clip:ARCHITECTURE/TAG, timm:NAME or gpnns:ViT-B@FILE"
         )
     state = load_checkpoint(checkpoint) if checkpoint else None
+    head = state.pop("embedding_head.linear.weight", None) if state else None
     encoder = builders[kind](spec, rest or kind, state, device)
+    encoder.origin["encoder"] = name
+    before = checkpoint_settings(checkpoint).get("before_projection", False)
+    if head is not None or before:
+        encoder = add_head(encoder, None if head is None else len(head), before)
+    if head is not None:
+        fill(encoder.model.embedding_head, {"linear.weight": head}, spec)
     encoder.name = name.partition("?")[0] + (f"@{Path(checkpoint).stem}" if checkpoint else "")
     return encoder
 
@@ -548,6 +583,83 @@ def load_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
     return {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in state.items()}
 
 
+def save_checkpoint(encoder: Encoder, path: str | Path, **about) -> Path:
+    """Write an encoder's weights as safetensors, and beside them a small JSON with what made them (`about`).
+
+    The tensors are the whole model's, as open_clip or timm names them, plus `embedding_head.*` when there is a head:
+    `load_encoder("NAME@file")` restores the encoder, and without a head `load_state_dict(strict=True)` of the plain
+    model takes the file too. An earlier file is replaced only when the new one is complete (OSError otherwise).
+    """
+    path = Path(path).expanduser().with_suffix(".safetensors")
+    about = {**encoder.origin, "dim": encoder.dim, "image_size": encoder.image_size} | about
+    metadata = {"gpnns": json.dumps(about)}
+    save_weights(encoder.model, path, metadata)
+    about["load"] = f"load_encoder('{encoder.origin['encoder']}@{path.name}')"
+    write_atomically(path.with_suffix(".json"), lambda file: file.write((json.dumps(about, indent=1) + "\n").encode()))
+    return path
+
+
+def checkpoint_settings(path: str | Path) -> dict:
+    """What `save_checkpoint` noted in the file itself; {} for no file and for any other file."""
+    if Path(path).suffix != ".safetensors":
+        return {}
+    with safe_open(Path(path).expanduser(), "pt") as file:
+        return json.loads((file.metadata() or {}).get("gpnns", "{}"))
+
+
+class EmbeddingHead(torch.nn.Module):
+    """A linear map to `dim` numbers, for small embeddings: GUIE allowed 64.
+
+    In training it is the mean over maps of several dropped-out copies of the features ("multi-sample dropout", as in
+    G-Universal-CLIP, the 4th place of GUIE).
+    """
+
+    def __init__(
+        self, width: int, dim: int, dropout: float = 0.1, samples: Sequence[float] = (0.1, 0.2, 0.3, 0.4, 0.5)
+    ):
+        super().__init__()
+        self.linear, self.dropout, self.samples = torch.nn.Linear(width, dim, bias=False), dropout, samples
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            return self.linear(features)
+        features = F.dropout(features, self.dropout)
+        return torch.stack([self.linear(F.dropout(features, share)) for share in self.samples]).mean(0)
+
+
+def add_head(encoder: Encoder, dim: int | None = None, before_projection: bool = False) -> Encoder:
+    """The same model, with another image embedding: through a new linear head of size `dim`, and/or before_projection,
+    the features that CLIP would project into the space it shares with text (GP-NNS and GUIE's 2nd place use those).
+
+    The result has no text tower: its images no longer live where texts do.
+    """
+    model, tower, width = encoder.model, encoder.image_tower, encoder.dim
+    if before_projection:
+        visual = getattr(model, "visual", model)
+        if getattr(visual, "proj", None) is None:
+            raise ValueError(f"{encoder.name} has no projection to leave out; choose before_projection=False")
+        width = len(visual.proj)
+
+        def tower(batch: torch.Tensor) -> torch.Tensor:
+            projection, visual.proj = visual.proj, None  # the way open_clip itself offers
+            try:
+                return visual(batch)
+            finally:
+                visual.proj = projection
+
+    before = tower
+    if dim:
+        if model is None:
+            raise ValueError(f"{encoder.name} has no weights, so a head cannot be trained with it")
+        model.embedding_head = EmbeddingHead(width, dim).to(encoder.device).train(model.training)
+
+        def tower(batch: torch.Tensor) -> torch.Tensor:
+            return model.embedding_head(before(batch))
+
+    origin = encoder.origin | {"before_projection": before_projection, "head": dim}
+    return Encoder(encoder.name, encoder.preprocess, tower, None, encoder.device, model, origin)
+
+
 def fill(model: torch.nn.Module, state: dict[str, torch.Tensor], spec: str) -> None:
     """Load weights strictly; a mismatch is a ValueError that names the first tensors concerned."""
     own = model.state_dict()
@@ -609,7 +721,9 @@ def offline_message(spec: str, error: Exception) -> str:
 SHARD = 1024  # images per cache file: what a killed run can lose
 
 
-def embed_images(encoder: Encoder, images: ImageSet, batch_size: int = 128, workers: int | None = None) -> np.ndarray:
+def embed_images(
+    encoder: Encoder, images: ImageSet, batch_size: int = 128, workers: int | None = None, cache: bool = True
+) -> np.ndarray:
     """Embed a set of images: float32 (n, d), unit rows; row i belongs to image i.
 
     Files are decoded in worker processes. Finished shards are kept in the cache folder under a key made of the
@@ -618,6 +732,8 @@ def embed_images(encoder: Encoder, images: ImageSet, batch_size: int = 128, work
 
     A shard is 1,024 images in a row: images added at the end leave earlier shards as they are.
 
+    cache=False leaves the disk alone, for models that change with every step.
+
     Files that cannot be read are taken out of `images` (so rows stay aligned), listed in `images.left_out` and named
     in one warning. Raises ValueError when no image is readable or the encoder returns non-finite or zero vectors.
     """
@@ -625,7 +741,6 @@ def embed_images(encoder: Encoder, images: ImageSet, batch_size: int = 128, work
         raise ValueError(f"{images.name}: there are no images to embed")
     if workers is None:
         workers = 0 if isinstance(images.images, np.ndarray) or len(images) < 64 else min(8, os.cpu_count() or 1)
-    digests = [content_digest(images, row) for row in range(len(images))]
 
     def compute(rows: list[list[int]]):
         loader = DataLoader(
@@ -640,9 +755,14 @@ def embed_images(encoder: Encoder, images: ImageSet, batch_size: int = 128, work
                 )
             yield features
 
-    embeddings = embed_in_shards(
-        encoder, digests, batch_size, compute, f"embedding {images.name} with {encoder.name}", "images"
-    )
+    if cache:
+        digests = [content_digest(images, row) for row in range(len(images))]
+        label = f"embedding {images.name} with {encoder.name}"
+        embeddings = embed_in_shards(encoder, digests, batch_size, compute, label, "images")
+    else:
+        starts = range(0, len(images), batch_size)
+        rows = [list(range(start, min(start + batch_size, len(images)))) for start in starts]
+        embeddings = np.concatenate(list(compute(rows)))
     unreadable = np.flatnonzero(np.isnan(embeddings[:, 0]))
     if len(unreadable):
         drop_unreadable(images, unreadable)
@@ -1110,6 +1230,529 @@ def hubness(
     counts = np.bincount(rows.ravel(), minlength=len(gallery))
     spread = counts.std()
     return float(((counts - counts.mean()) ** 3).mean() / spread**3) if spread else 0.0, counts
+
+
+# --- fine-tuning -----------------------------------------------------------------------------------------------------
+
+
+def arc_margin(cosines: torch.Tensor, margin: torch.Tensor) -> torch.Tensor:
+    """cos(angle + margin): what remains of a cosine when `margin` (radians) is added to its angle.
+
+    Past an angle of pi - margin, where that would rise again, it goes on as cos - margin * sin(margin). Source: ArcFace
+    (1801.07698), section 3.1; the second branch is that of its public code, which GP-NNS uses.
+    """
+    sines = ((1 - cosines) * (1 + cosines)).clamp_min(1e-7).sqrt()  # the slope of a root at 0 is infinite
+    shifted = cosines * torch.cos(margin) - sines * torch.sin(margin)
+    return torch.where(cosines > -torch.cos(margin), shifted, cosines - margin * torch.sin(margin))
+
+
+class ArcMargin(torch.nn.Module):
+    """Softmax over the angles between an embedding and one proxy per class, made harder for the own class by a margin.
+
+    forward(embeddings (n, dim), labels int64 (n,)) -> the mean loss, computed in float32 whatever comes in. Source:
+    ArcFace (1801.07698); GP-NNS trains with scale 30 and margin 0.1 radians, and proxies xavier_uniform.
+
+    margin: one number, or one per class. centers: proxies per class, of which the nearest counts (sub-center ArcFace).
+    start: (classes, dim) directions to start from, such as `class_means`. sampled: compare with the classes of the
+    batch and about this many others only (Partial FC, 2010.05222); time and memory of a step then do not depend on the
+    number of classes, and `fit` updates only the rows that took part.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        classes: int,
+        scale: float = 30.0,
+        margin: float | Sequence[float] = 0.1,
+        centers: int = 1,
+        sampled: int | None = None,
+        start: np.ndarray | None = None,
+    ):
+        super().__init__()
+        if classes < 2:
+            raise ValueError(f"a margin needs at least two classes to lie between, not {classes}")
+        self.dim, self.classes, self.scale, self.centers, self.sampled = dim, classes, scale, centers, sampled
+        self.proxies = torch.nn.Parameter(torch.nn.init.xavier_uniform_(torch.empty(classes, centers * dim)))
+        if start is not None:
+            directions = F.normalize(torch.as_tensor(start, dtype=torch.float32)).repeat(1, centers)
+            with torch.no_grad():  # a tenth of the random start stays, so that centers differ
+                length = self.proxies.norm(dim=1).mean() / centers**0.5
+                self.proxies.mul_(0.1).add_(length * directions)
+        self.register_buffer("margin", torch.as_tensor(margin, dtype=torch.float32))
+        self.register_buffer("draws", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(embeddings.device.type, enabled=False):  # half precision would round the margin away
+            margin = self.margin[labels] if self.margin.ndim else self.margin
+            proxies = self.proxies
+            if self.sampled and self.training:
+                rows, labels = self.draw(labels)
+                proxies = F.embedding(rows, proxies, sparse=True)
+            directions = F.normalize(proxies.reshape(-1, self.dim))
+            logits = F.linear(self.scale * F.normalize(embeddings.float()), directions)
+            if self.centers > 1:
+                logits = logits.view(len(logits), -1, self.centers).max(dim=2).values
+            own = torch.arange(len(labels), device=labels.device), labels
+            logits[own] = self.scale * arc_margin(logits[own] / self.scale, margin)
+            return F.cross_entropy(logits, labels)
+
+    def extra_repr(self) -> str:
+        return f"{self.dim}, {self.classes}, scale={self.scale}, centers={self.centers}, sampled={self.sampled}"
+
+    def draw(self, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The classes that take part in this step, the same in every process, and where `labels` stand among them."""
+        present = accelerate.utils.gather(labels) if torch.distributed.is_initialized() else labels
+        random = torch.Generator().manual_seed(int(self.draws))  # counted, so that a resumed run draws the same
+        self.draws += 1
+        others = torch.randint(self.classes, (self.sampled,), generator=random).to(labels.device)
+        rows = torch.unique(torch.cat([present, others]))
+        return rows, torch.searchsorted(rows, labels)
+
+
+def class_means(embeddings: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """The mean embedding of each class, classes in ascending order: where a proxy may start (classes, d)."""
+    _, numbers, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    sums = np.zeros((len(counts), embeddings.shape[1]), dtype=np.float64)
+    np.add.at(sums, numbers, embeddings)
+    return (sums / counts[:, None]).astype(np.float32)
+
+
+def split_classes(images: ImageSet, share: float, seed: int = 0) -> tuple[ImageSet, ImageSet]:
+    """Cut off `share` of the classes, at least two: (the rest, those). Select models on them, not on a benchmark.
+
+    Raises ValueError without labels, or when fewer than two classes would remain on a side.
+    """
+    if images.labels is None:
+        raise ValueError(
+            f"{images.name} has no labels: put each class into a folder of its own, or add a column 'label'"
+        )
+    classes = np.unique(images.labels)
+    number = max(2, round(share * len(classes)))
+    if len(classes) - number < 2:
+        raise ValueError(
+            f"{images.name} has {len(classes)} classes; at least {number + 2} are needed, {number} of them to measure on: add classes"
+        )
+    held = np.isin(images.labels, np.random.default_rng(seed).choice(classes, number, replace=False))
+    return images.subset(~held), images.subset(held)
+
+
+def image_to_image(encoder: Encoder, images: ImageSet) -> Score:
+    """mAP of finding an image's class among all other images; classes with one image have nothing to find."""
+    encoder.model.eval()
+    embeddings = embed_images(encoder, images, cache=False)
+    relevant = same_label(images.labels, images.labels)
+    own = np.arange(len(images))[:, None]
+    return mean_average_precision(rank_relevant(embeddings, embeddings, relevant, leave_out=own))
+
+
+def training_transform(encoder: Encoder, flip: float = 0.5, jitter: float = 0.4) -> transforms.Compose:
+    """Random views for training, as GP-NNS makes them: a square of 1.125 times the size, of which a random crop is
+    taken, mirrored with probability `flip`, its brightness, contrast and saturation changed by up to `jitter`."""
+    size = encoder.image_size
+    square = (int(1.125 * size),) * 2
+    known = getattr(encoder.preprocess, "transforms", [])
+    return transforms.Compose([
+        transforms.Resize(square, transforms.InterpolationMode.BICUBIC),
+        transforms.RandomCrop(size),
+        transforms.RandomHorizontalFlip(flip),
+        transforms.ColorJitter(jitter, jitter, jitter),
+        transforms.ToTensor(),
+        *[step for step in known if isinstance(step, transforms.Normalize)],
+    ])  # fmt: skip
+
+
+class TrainingImages(Dataset):
+    """(view, class number) by row; class numbers run from 0. Raises ValueError for a file that cannot be read."""
+
+    def __init__(self, images: ImageSet, transform: Callable[[Image.Image], torch.Tensor]):
+        if images.labels is None:
+            raise ValueError(f"{images.name} has no labels to learn from: put each class into a folder of its own")
+        self.images, self.transform = images, transform
+        self.names, self.labels = np.unique(images.labels, return_inverse=True)
+        if len(self.names) < 2:
+            raise ValueError(f"{images.name} has only one class; fine-tuning tells classes apart, so add another")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, row: int) -> tuple[torch.Tensor, int]:
+        try:
+            image = self.images[row]
+        except Exception as error:
+            raise ValueError(
+                f"cannot read {self.images.describe(row)} ({type(error).__name__}); `embed_images` takes such files out of a set"
+            ) from error
+        return self.transform(image), int(self.labels[row])
+
+
+class ImageObjective(torch.nn.Module):
+    """What `fit` makes small: loss(embeddings of a batch of images, their class numbers)."""
+
+    def __init__(self, encoder: Encoder, loss: torch.nn.Module):
+        super().__init__()
+        if encoder.model is None:
+            raise ValueError(f"{encoder.name} has no weights to train; choose mini, open_clip:... or timm:...")
+        self.encoder, self.model, self.loss = encoder, encoder.model, loss
+
+    def forward(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return self.loss(self.encoder.image_tower(images), labels)
+
+
+def image_parameters(encoder: Encoder, rate: float, layer_decay: float = 1.0, weight_decay: float = 0.01) -> list[dict]:
+    """Groups for `fit` of all that takes part in embedding an image; the text tower is not among them and stays as it is.
+
+    layer_decay: each block learns this many times as fast as the one after it (timm's rule; patch and position
+    embeddings count as the lowest). The head of `add_head` learns at 10 times the rate. Biases and norms do not decay.
+    """
+    tower = getattr(encoder.model, "visual", encoder.model)
+    skipped = {id(tower.proj)} if encoder.origin.get("before_projection") else set()
+    skipped |= {id(value) for value in getattr(encoder.model, "embedding_head", torch.nn.Module()).parameters()}
+    trunk = getattr(tower, "trunk", tower)  # open_clip keeps timm's models in `trunk`
+    matcher = getattr(trunk, "group_matcher", None)
+    if matcher is None and hasattr(trunk, "transformer"):  # open_clip's own ViT
+        stem = r"(?:conv1|class_embedding|positional_embedding|ln_pre)"
+        matcher = lambda coarse: {"stem": stem, "blocks": r"transformer\.resblocks\.(\d+)"}  # noqa: E731
+    if matcher is None:
+        if layer_decay != 1:
+            raise ValueError(f"the order of the layers of {encoder.name} is not known; choose layer_decay=1")
+        matcher = lambda coarse: {}  # noqa: E731
+
+    taking_part = [(key.removeprefix("trunk."), v) for key, v in tower.named_parameters() if id(v) not in skipped]
+    for _, value in taking_part:
+        value.requires_grad_()  # an earlier stage may have frozen it
+    layers = SimpleNamespace(group_matcher=matcher, named_parameters=lambda: taking_part)
+    groups = param_groups_layer_decay(layers, weight_decay, layer_decay=layer_decay)
+    if hasattr(encoder.model, "embedding_head"):
+        groups.append({"params": list(encoder.model.embedding_head.parameters()), "lr_scale": 10.0})
+    return [{"weight_decay": weight_decay} | group | {"lr": rate} for group in groups]
+
+
+def drop_patches(encoder: Encoder, share: float) -> None:
+    """Let a ViT see only a random part of the patches while it trains (FLIP, 2212.00794): faster by about as much."""
+    tower = getattr(encoder.model, "visual", encoder.model)
+    tower = getattr(tower, "trunk", tower)
+    if not hasattr(tower, "patch_dropout") and not hasattr(tower, "patch_drop"):
+        raise ValueError(f"{encoder.name} has no patches to drop; choose 0")
+    if hasattr(tower, "patch_dropout"):
+        tower.patch_dropout = open_clip.transformer.PatchDropout(share) if share else torch.nn.Identity()
+    else:
+        tower.patch_drop = timm.layers.PatchDropout(share) if share else torch.nn.Identity()
+
+
+class Repeatable(Dataset):
+    """A dataset in which an item's randomness depends on (seed, epoch, row) alone, not on workers or earlier items."""
+
+    def __init__(self, dataset: Dataset, seed: int):
+        self.dataset, self.seed = dataset, seed
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple:
+        epoch, row = key
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(mix(self.seed, epoch, row))
+            return row, self.dataset[row]
+
+
+def mix(*numbers: int) -> int:
+    """One seed from several numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def batches(
+    count: int, size: int, first: int, last: int, seed: int, balance: np.ndarray | None, part: int, parts: int
+) -> Iterator[list[tuple[int, int]]]:
+    """(epoch, row) of every image in batches number `first` to `last`: a pure function of the seed.
+
+    balance: labels; classes are then drawn equally often, whatever their size. part, parts: one process's share.
+    """
+    weights = None
+    if balance is not None:
+        _, numbers, counts = np.unique(balance, return_inverse=True, return_counts=True)
+        weights = 1 / counts[numbers] / len(counts)
+    shuffled, order = None, np.empty(0, dtype=int)
+    for number in range(first, last):
+        epoch, place = divmod(number, count // size)
+        if epoch != shuffled:
+            random, shuffled = np.random.default_rng([seed, epoch]), epoch
+            order = random.permutation(count) if weights is None else random.choice(count, count, p=weights)
+        yield [(epoch, int(row)) for row in order[place * size : (place + 1) * size][part::parts]]
+
+
+def fit(
+    objective: torch.nn.Module,
+    dataset: Dataset,
+    folder: str | Path,
+    groups: list[dict],
+    epochs: float = 1,
+    batch_size: int = 128,
+    accumulate: int = 1,
+    warmup: int = 0,
+    clip: float = 1.0,
+    balance: np.ndarray | None = None,
+    ema: float | None = None,
+    validate: Callable[[], float] | None = None,
+    validate_every: int | None = None,
+    save_every: int = 500,
+    seed: int = 0,
+    workers: int | None = None,
+    draw: bool = False,
+) -> list[dict]:
+    """Train: AdamW, rates on a cosine per step, on one device or several, resumable at any step.
+
+    objective(*batch) is the mean loss of a batch, as the default collation of `dataset`'s items makes it. groups: what
+    is trained, as {"params", "lr", "weight_decay"}; everything else is frozen and, where a whole module is, in
+    evaluation mode: train in stages by calling `fit` once per stage. batch_size: images per batch over all processes;
+    `accumulate` batches make a step. clip: the largest gradient norm of each child of the objective. balance: labels
+    by row, to draw classes equally often. ema: decay of an average of the weights, which is then validated and kept.
+    validate() -> per cent, higher is better: called every `validate_every` steps (default: each epoch), on classes
+    that are not trained on; the best weights are kept, without it the last. draw: show the curves while they grow.
+
+    Files go to `folder`/<a hash of settings, first weights, images and loss>: checkpoints, `log.jsonl`, best weights.
+    The same call goes on where a killed one stopped, with the same bits on a CPU, and is done at once when it was done.
+
+    Returns the log, also written as JSON lines: step, epoch, loss, rate, gradient, images_per_second, validation.
+    Raises FloatingPointError when the loss is not finite, OSError when a checkpoint cannot be written; earlier
+    checkpoints stay.
+    """
+    device = best_device()
+    precision = {torch.float16: "fp16", torch.bfloat16: "bf16", None: "no"}[best_precision(device)]
+    accelerator = accelerate.Accelerator(
+        cpu=device.type == "cpu", mixed_precision=precision, gradient_accumulation_steps=accumulate
+    )
+    processes, main = accelerator.num_processes, accelerator.is_main_process
+    per_epoch = len(dataset) // (batch_size * accumulate)
+    if per_epoch == 0:
+        raise ValueError(
+            f"{len(dataset)} images do not fill one step of {accumulate} x {batch_size}; choose a smaller batch_size"
+        )
+    if batch_size % processes:
+        raise ValueError(f"batch_size {batch_size} cannot be shared by {processes} processes; choose a multiple")
+    steps = max(1, round(epochs * per_epoch))
+    validate_every, log_every = validate_every or per_epoch, max(1, steps // 100)
+
+    repeatable = Repeatable(dataset, seed)
+    groups = [{**group, "params": list(group["params"])} for group in groups]
+    optimizers = make_optimizers(objective, groups)
+    settings = [steps, batch_size, accumulate, warmup, clip, ema, seed, validate_every, precision, balance is not None]
+    folder = Path(folder) / training_key(objective, repeatable, len(dataset), groups, settings)
+    schedules = [CosineLRScheduler(optimizer, steps, warmup_t=warmup, t_in_epochs=False) for optimizer in optimizers]
+    average = ModelEmaV3(objective.to(accelerator.device), decay=ema) if ema else None
+    wrapped = accelerator.prepare(objective)
+    optimizers = [accelerator.prepare(optimizer) for optimizer in optimizers]
+    if average:
+        accelerator.register_for_checkpointing(average)
+    found = sorted(folder.glob("step_*"))
+    step = int(found[-1].name.removeprefix("step_")) if found else 0
+    if found:
+        accelerator.load_state(str(found[-1]))
+    log = [row for row in read_log(folder / "log.jsonl") if row["step"] <= step]
+    best = max((row["validation"] for row in log if "validation" in row), default=-np.inf)
+
+    first, last = step * accumulate, steps * accumulate
+    share = batches(len(dataset), batch_size, first, last, seed, balance, accelerator.process_index, processes)
+    if workers is None:  # arrays need no decoding
+        arrays = isinstance(getattr(getattr(dataset, "images", None), "images", None), np.ndarray)
+        workers = 0 if arrays else min(8, os.cpu_count() or 1)
+    loader = DataLoader(repeatable, batch_sampler=share, num_workers=workers)
+    progress = Progress(steps * batch_size * accumulate, "training", done=step * batch_size * accumulate)
+    picture, losses, started = None, [], time.time()
+    set_training(objective)
+    for number, (rows, batch) in enumerate(loader, first):
+        for schedule in schedules:
+            schedule.step_update(step)
+        torch.manual_seed(mix(seed, number, accelerator.process_index))  # a resumed run drops out the same
+        with accelerator.accumulate(wrapped):
+            loss = wrapped(*accelerate.utils.send_to_device(batch, accelerator.device))
+            losses.append(finite(accelerator, loss, "loss", step, rows, folder))
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                gradient = clip_gradients(accelerator, objective, clip)
+                if precision != "fp16":  # its scaler skips a step whose gradient overflows
+                    finite(accelerator, gradient, "gradient", step, rows, folder)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+        if not accelerator.sync_gradients:
+            continue
+        step += 1
+        progress.update(step * batch_size * accumulate)
+        if average:
+            average.update(objective)
+        row = {"step": step, "epoch": step / per_epoch}
+        if step % log_every == 0 or step == steps:
+            speed = len(losses) * batch_size / (time.time() - started)
+            rate = max(group["lr"] for optimizer in optimizers for group in optimizer.param_groups)
+            row |= {
+                "loss": float(np.mean(losses)),
+                "rate": rate,
+                "gradient": gradient.item(),
+                "images_per_second": speed,
+            }
+        if validate and (step % validate_every == 0 or step == steps):
+            row["validation"] = validated(accelerator, objective, average, validate)
+            if row["validation"] > best and main:
+                save_weights(average.module if average else objective, folder / "best.safetensors")
+            best = max(best, row["validation"])
+        if len(row) > 2:
+            log.append(row)
+            losses, started = [], time.time()
+            if main:
+                write_atomically(folder / "log.jsonl", lambda file: file.write(as_lines(log)))
+                picture = draw_training(log, picture) if draw else None
+        if step % save_every == 0 or step == steps:
+            save_state(accelerator, folder, step)
+    if draw and main and picture is None:
+        draw_training(log, None)
+    accelerator.wait_for_everyone()
+    accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+    accelerator.free_memory()
+    if validate:
+        fill(objective, load_file(folder / "best.safetensors"), str(folder))
+    elif average:
+        fill(objective, average.module.state_dict(), str(folder))
+    objective.eval()
+    return log
+
+
+def make_optimizers(objective: torch.nn.Module, groups: list[dict]) -> list[torch.optim.Optimizer]:
+    """Freeze what no group holds; AdamW for the rest, SparseAdam for the proxies of which only a sample takes part."""
+    chosen = {id(value) for group in groups for value in group["params"]}
+    sampled = {id(part.proxies) for part in objective.modules() if isinstance(part, ArcMargin) and part.sampled}
+    for value in objective.parameters():
+        value.requires_grad_(id(value) in chosen)
+    # Not every backend of DistributedDataParallel averages sparse gradients: `clip_gradients` does.
+    alone = [key for key, value in objective.named_parameters() if id(value) in sampled]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(objective, alone)
+    optimizers = []
+    for kind, wanted in ((torch.optim.AdamW, False), (torch.optim.SparseAdam, True)):
+        parts = [{**group, "params": [v for v in group["params"] if (id(v) in sampled) == wanted]} for group in groups]
+        if any(part["params"] for part in parts):
+            optimizers.append(kind([part for part in parts if part["params"]]))
+    if not optimizers:
+        raise ValueError("no group holds a parameter, so there is nothing to train")
+    return optimizers
+
+
+def training_key(objective: torch.nn.Module, dataset: Repeatable, count: int, groups: list, settings: list) -> str:
+    """A hash that tells one training from another: settings, first weights, and the first images with their loss."""
+    about = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+    digest = hashlib.blake2b(repr([settings, about, count, repr(objective)]).encode(), digest_size=6)
+    for key, tensor in objective.state_dict().items():
+        digest.update(key.encode() + tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    rows = np.linspace(0, count - 1, min(count, 8)).astype(int)
+    _, batch = torch.utils.data.default_collate([dataset[0, int(row)] for row in rows])
+    for part in batch:
+        digest.update(part.numpy().tobytes() if isinstance(part, torch.Tensor) else repr(part).encode())
+    objective.eval()
+    with torch.no_grad():
+        device = next(objective.parameters()).device
+        digest.update(f"{objective(*accelerate.utils.send_to_device(batch, device)).item():.3g}".encode())
+    return digest.hexdigest()
+
+
+def set_training(objective: torch.nn.Module) -> None:
+    """Training mode, except for modules that are frozen as a whole."""
+    objective.train()
+    for module in objective.modules():
+        if (values := list(module.parameters())) and not any(value.requires_grad for value in values):
+            module.eval()
+
+
+def finite(accelerator, value: torch.Tensor, what: str, step: int, rows: torch.Tensor, folder: Path) -> float:
+    """The mean over processes of a value that must be finite, or FloatingPointError in all of them."""
+    values = accelerator.gather(value.detach().reshape(1)).tolist()
+    if not np.isfinite(values).all():
+        good = sorted(folder.glob("step_*"))
+        raise FloatingPointError(
+            f"the {what} became {values} at step {step + 1}, with the batch of rows {rows.tolist()}. Look at those images, or lower the rates. "
+            + (f"The last good checkpoint is {good[-1]}" if good else "No checkpoint had been written yet")
+        )
+    return float(np.mean(values))
+
+
+def clip_gradients(accelerator, objective: torch.nn.Module, clip: float) -> torch.Tensor:
+    """Scale the gradient of each child of the objective down to the norm `clip`; the largest norm there was."""
+    for value in objective.parameters():
+        if value.grad is not None and value.grad.is_sparse and accelerator.num_processes > 1:
+            gradient = value.grad.coalesce()  # every process drew the same rows
+            mean = accelerator.reduce(gradient.values(), "mean")
+            value.grad = torch.sparse_coo_tensor(gradient.indices(), mean, gradient.shape, is_coalesced=True)
+    accelerator.unscale_gradients()
+    parts = [child.parameters() for child in objective.children()] + [objective.parameters(recurse=False)]
+    dense = [[v for v in part if v.grad is not None and not v.grad.is_sparse] for part in parts]
+    return torch.stack([torch.nn.utils.clip_grad_norm_(values, clip) for values in dense if values]).max()
+
+
+def validated(
+    accelerator, objective: torch.nn.Module, average: ModelEmaV3 | None, validate: Callable[[], float]
+) -> float:
+    """validate() of the averaged weights if there are any; computed by the first process, known to all."""
+    objective.eval()
+    if average:
+        exchange(objective, average.module)
+    value = [validate() if accelerator.is_main_process else None]
+    accelerate.utils.broadcast_object_list(value)
+    if average:
+        exchange(objective, average.module)
+    set_training(objective)
+    return float(value[0])
+
+
+def exchange(one: torch.nn.Module, other: torch.nn.Module) -> None:
+    """Swap the weights of two equal modules."""
+    for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True):
+        kept = a.clone()
+        a.copy_(b)
+        b.copy_(kept)
+
+
+def save_state(accelerator, folder: Path, step: int) -> None:
+    """A checkpoint of everything, there as a whole or not at all; then the one before it is removed."""
+    partial, final = folder / "partial", folder / f"step_{step:08d}"
+    try:
+        if accelerator.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
+        accelerator.wait_for_everyone()
+        accelerator.save_state(str(partial))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            partial.rename(final)
+            for old in sorted(folder.glob("step_*"))[:-1]:
+                shutil.rmtree(old)
+    except WRITE_ERRORS as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(disk_message(final, error)) from error
+    accelerator.wait_for_everyone()
+
+
+def save_weights(module: torch.nn.Module, path: Path, metadata: dict[str, str] | None = None) -> None:
+    """A module's state dict as safetensors, atomically."""
+    state = {key: value.detach().cpu().clone().contiguous() for key, value in module.state_dict().items()}
+    write_atomically(path, lambda file: save_file(state, file.name, metadata))
+
+
+def as_lines(rows: list[dict]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def read_log(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def draw_training(log: list[dict], handle=None):
+    """Loss and validation by epoch, drawn over the picture of `handle`; returns the handle (None outside a notebook)."""
+    if getattr(get_ipython(), "kernel", None) is None:
+        return None
+    checked = [row for row in log if "validation" in row]
+    figure, axes = plt.subplots(1, 1 + bool(checked), figsize=(4 + 4 * bool(checked), 2.4), squeeze=False)
+    shown = {"loss": [row for row in log if "loss" in row], "validation": checked}
+    for axis, (key, rows), color in zip(axes[0], shown.items(), PALETTE, strict=False):
+        axis.plot([row["epoch"] for row in rows], [row[key] for row in rows], "o-"[key == "loss" :], color=color)
+        axis.set(xlabel="epochs", ylabel={"loss": "training loss", "validation": "validation mAP (%)"}[key])
+    plt.close(figure)
+    if handle is None:
+        return display(figure, display_id=True)
+    handle.update(figure)
+    return handle
 
 
 # --- results ---------------------------------------------------------------------------------------------------------

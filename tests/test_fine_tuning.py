@@ -1,0 +1,528 @@
+"""The margin, the heads, checkpoints, and `fit`: repeatable, resumable, on one process or two."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import unit
+from hypothesis import given
+from hypothesis import strategies as st
+from pytorch_metric_learning.losses import ArcFaceLoss, SubCenterArcFaceLoss
+from safetensors.torch import load_file
+
+import gpnns_utils as gu
+
+
+def tensors(seed=0, n=32, d=16, classes=10):
+    rng = np.random.default_rng(seed)
+    return torch.from_numpy(unit(rng, n, d)).requires_grad_(), torch.from_numpy(rng.integers(0, classes, n))
+
+
+# --- the margin ---
+
+
+@pytest.mark.parametrize("centers", [1, 3])
+@pytest.mark.parametrize(("scale", "margin"), [(30, 0.1), (64, 0.5), (20, 0.3), (16, 1.4)])
+def test_arc_margin_equals_pytorch_metric_learning_in_value_and_gradient(scale, margin, centers):
+    ours = gu.ArcMargin(16, 10, scale, margin, centers)
+    settings = {"num_classes": 10, "embedding_size": 16, "margin": math.degrees(margin), "scale": scale}
+    theirs = ArcFaceLoss(**settings) if centers == 1 else SubCenterArcFaceLoss(**settings, sub_centers=3)
+    theirs.W.data = ours.proxies.data.reshape(-1, 16).T.clone()
+    embeddings, labels = tensors()
+    with torch.no_grad():  # some embeddings look away from their proxy: the branch past pi - margin is taken too
+        embeddings[:8] = -F.normalize(ours.proxies[labels[:8], :16]) + 0.05 * embeddings[:8]
+    values, gradients = [], []
+    for loss, proxies in ((ours, ours.proxies), (theirs, theirs.W)):
+        value = loss(embeddings, labels)
+        gradient = torch.autograd.grad(value, [embeddings, proxies])
+        values.append(value.item())
+        gradients.append((gradient[0], gradient[1].reshape(10, -1) if loss is ours else gradient[1].T.reshape(10, -1)))
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
+    for one, other in zip(*gradients, strict=True):
+        assert torch.allclose(one, other, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_an_embedding_on_its_proxy_or_opposite_to_it_gives_a_finite_loss_and_gradient(dtype, sign):
+    loss = gu.ArcMargin(8, 3, 30, 0.5)
+    with torch.no_grad():
+        loss.proxies.copy_(torch.eye(3, 8))
+    embeddings = (sign * torch.eye(3, 8)).to(dtype).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        value = loss(embeddings, torch.arange(3))
+    value.backward()
+    assert value.dtype == torch.float32 and torch.isfinite(value)
+    assert torch.isfinite(embeddings.grad).all() and torch.isfinite(loss.proxies.grad).all()
+
+
+@given(st.floats(-1, 1), st.floats(-1, 1), st.floats(0, 1.5))
+def test_a_margin_lowers_every_cosine_and_keeps_their_order(a, b, margin):
+    low, high = gu.arc_margin(torch.tensor([min(a, b), max(a, b)]), torch.tensor(margin))
+    assert low <= high + 1e-3
+    assert low <= min(a, b) + 1e-3 and high <= max(a, b) + 1e-3
+
+
+def test_without_margin_it_is_the_softmax_of_scaled_cosines():
+    loss = gu.ArcMargin(16, 10, 25, 0.0)
+    embeddings, labels = tensors()
+    expected = F.cross_entropy(25 * embeddings @ F.normalize(loss.proxies).T, labels)
+    assert loss(embeddings, labels).item() == pytest.approx(expected.item(), abs=1e-3)
+
+
+def test_margins_may_differ_by_class():
+    margins = np.linspace(0.05, 0.5, 10)
+    torch.manual_seed(0)
+    loss = gu.ArcMargin(16, 10, 30, margins)
+    embeddings, labels = tensors()
+    one_by_one = []
+    for row, label in enumerate(labels):
+        single = gu.ArcMargin(16, 10, 30, float(margins[label]))
+        single.proxies = loss.proxies
+        one_by_one.append(single(embeddings[row : row + 1], labels[row : row + 1]).item())
+    assert loss(embeddings, labels).item() == pytest.approx(np.mean(one_by_one), rel=1e-5)
+
+
+def test_one_class_has_nothing_to_keep_a_margin_from():
+    with pytest.raises(ValueError, match="at least two classes"):
+        gu.ArcMargin(8, 1)
+
+
+def test_proxies_start_near_the_class_means_that_they_are_given():
+    rng = np.random.default_rng(0)
+    means = unit(rng, 6, 8)
+    for centers in (1, 3):
+        loss = gu.ArcMargin(8, 6, centers=centers, start=means)
+        directions = F.normalize(loss.proxies.detach().reshape(6, centers, 8), dim=2).numpy()
+        assert (np.einsum("ckd,cd->ck", directions, means) > 0.9).all()
+    assert not np.allclose(directions[:, 0], directions[:, 1])
+
+
+# --- many classes ---
+
+
+def test_a_sampled_step_is_the_full_loss_over_the_classes_drawn_and_touches_no_other():
+    loss = gu.ArcMargin(16, 5000, 30, 0.2, sampled=100)
+    embeddings, labels = tensors(classes=5000)
+    value = loss(embeddings, labels)
+    value.backward()
+    rows = loss.proxies.grad.coalesce().indices()[0]
+    assert np.isin(labels.numpy(), rows.numpy()).all() and len(rows) <= 132
+    small = gu.ArcMargin(16, len(rows), 30, 0.2)
+    with torch.no_grad():
+        small.proxies.copy_(loss.proxies[rows])
+    again = small(embeddings, torch.searchsorted(rows, labels))
+    again.backward()
+    assert value.item() == pytest.approx(again.item(), rel=1e-6)
+    assert torch.allclose(loss.proxies.grad.coalesce().values(), small.proxies.grad, atol=1e-6)
+
+
+def test_each_step_draws_other_classes_and_a_copy_draws_the_same():
+    first, second = gu.ArcMargin(4, 1000, sampled=20), gu.ArcMargin(4, 1000, sampled=20)
+    labels = torch.tensor([3, 5])
+    draws = [first.draw(labels)[0] for _ in range(3)]
+    assert len(draws[0]) != len(draws[1]) or not torch.equal(draws[0], draws[1])
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(first.draw(labels)[0], second.draw(labels)[0])
+
+
+def test_validation_compares_with_all_classes():
+    loss = gu.ArcMargin(16, 300, sampled=5)
+    full = gu.ArcMargin(16, 300)
+    full.load_state_dict(loss.state_dict())
+    embeddings, labels = tensors(classes=300)
+    assert loss.eval()(embeddings, labels).item() == full(embeddings, labels).item()
+
+
+# --- data ---
+
+
+def test_class_means_are_means():
+    embeddings, labels = np.random.default_rng(0).normal(size=(40, 5)).astype(np.float32), np.arange(40) % 7 + 3
+    expected = np.stack([embeddings[labels == label].mean(0) for label in range(3, 10)])
+    assert np.allclose(gu.class_means(embeddings, labels), expected, atol=1e-6)
+
+
+@given(st.integers(4, 40), st.floats(0.01, 0.9), st.integers(0, 5))
+def test_split_classes_shares_no_class_and_loses_no_image(classes, share, seed):
+    images = gu.ImageSet("some", np.zeros((3 * classes, 4, 4, 3), np.uint8), np.repeat(np.arange(classes), 3))
+    if classes - max(2, round(share * classes)) < 2:
+        with pytest.raises(ValueError, match="add classes"):
+            gu.split_classes(images, share, seed)
+        return
+    kept, held = gu.split_classes(images, share, seed)
+    assert not set(kept.labels) & set(held.labels) and len(kept) + len(held) == len(images)
+    assert len(set(held.labels)) == max(2, round(share * classes))
+
+
+def test_training_needs_labels_and_two_classes_and_readable_files(folder):
+    encoder = gu.load_encoder("random")
+    transform = gu.training_transform(encoder)
+    images = gu.load_images(folder)
+    with pytest.raises(ValueError, match="only one class"):
+        gu.TrainingImages(images.subset(images.labels == 0), transform)
+    (folder / "red" / "0.png").write_bytes(b"broken")
+    dataset = gu.TrainingImages(images, transform)
+    assert dataset[0][0].shape == (3, 48, 48)
+    with pytest.raises(ValueError, match="cannot read .*red/0.png.*embed_images"):
+        dataset[8]
+    images.labels = None
+    with pytest.raises(ValueError, match="no labels"):
+        gu.TrainingImages(images, transform)
+
+
+def test_training_views_differ_between_epochs_but_not_between_runs(folder):
+    images = gu.load_images(folder)
+    encoder = gu.load_encoder("random")
+    views = gu.Repeatable(gu.TrainingImages(images, gu.training_transform(encoder)), seed=3)
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    (_, (one, _)), (_, (again, _)), (_, (later, _)) = views[0, 1], views[0, 1], views[1, 1]
+    assert torch.equal(one, again) and not torch.equal(one, later)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_batches_cover_each_epoch_once_and_a_resumed_run_sees_the_same():
+    everything = list(gu.batches(50, 8, 0, 18, 0, None, 0, 1))
+    for epoch in range(3):
+        rows = [row for batch in everything[6 * epoch : 6 * epoch + 6] for _, row in batch]
+        assert len(set(rows)) == 48
+    assert list(gu.batches(50, 8, 7, 18, 0, None, 0, 1)) == everything[7:]
+    halves = [list(gu.batches(50, 8, 0, 18, 0, None, part, 2)) for part in (0, 1)]
+    assert [sorted(a + b) for a, b in zip(*halves, strict=True)] == [sorted(batch) for batch in everything]
+
+
+def test_balanced_batches_draw_classes_equally_often():
+    labels = np.repeat([0, 1, 2], [900, 90, 10])
+    rows = [row for batch in gu.batches(1000, 100, 0, 30, 0, labels, 0, 1) for _, row in batch]
+    assert np.bincount(labels[rows]) == pytest.approx(1000, rel=0.1)
+
+
+# --- heads, parameters, checkpoints ---
+
+
+def test_before_projection_the_embedding_is_what_clip_would_project():
+    encoder = gu.load_encoder("random")
+    before = gu.add_head(encoder, before_projection=True)
+    batch = torch.randn(4, 3, 48, 48)
+    with torch.no_grad():
+        assert torch.allclose(
+            before.image_tower(batch) @ encoder.model.visual.proj, encoder.image_tower(batch), atol=1e-5
+        )
+    assert before.text_tower is None and encoder.model.visual.proj is not None
+    with pytest.raises(ValueError, match="no projection"):
+        gu.add_head(gu.load_encoder("timm:resnet10t@" + resnet_file()), before_projection=True)
+
+
+def resnet_file(made={}):  # noqa: B006 - made once
+    import tempfile
+
+    import timm
+    from safetensors.torch import save_file
+
+    if not made:
+        made["path"] = str(Path(tempfile.mkdtemp()) / "resnet.safetensors")
+        save_file(timm.create_model("resnet10t", num_classes=0).state_dict(), made["path"])
+    return made["path"]
+
+
+def test_multi_sample_dropout_is_the_plain_linear_map_once_training_is_over():
+    head = gu.EmbeddingHead(16, 4)
+    features = torch.randn(5, 16)
+    assert not torch.equal(head.train()(features), head(features))
+    assert torch.equal(head.eval()(features), head.linear(features))
+    still = gu.EmbeddingHead(16, 4, dropout=0, samples=(0, 0)).train()
+    assert torch.allclose(still(features), still.linear(features), atol=1e-6)
+    many = torch.stack([head.train()(features) for _ in range(4000)]).mean(0)
+    assert torch.allclose(many, head.linear(features), atol=0.1), "dropout does not change the mean"
+
+
+def test_rates_fall_with_depth_and_every_parameter_of_the_image_tower_is_in_one_group():
+    encoder = gu.load_encoder("random")
+    groups = gu.image_parameters(encoder, 1e-3, layer_decay=0.5)
+    scale = {id(value): group["lr_scale"] for group in groups for value in group["params"]}
+    names = dict(encoder.model.visual.named_parameters())
+    assert len(scale) == len(names) == sum(len(group["params"]) for group in groups)
+    depth = {key: scale[id(value)] for key, value in names.items()}
+    for key in ("class_embedding", "positional_embedding", "conv1.weight", "ln_pre.weight"):
+        assert depth[key] == 0.5**5, key
+    for block in range(4):
+        assert {depth[key] for key in names if f"resblocks.{block}." in key} == {0.5 ** (4 - block)}
+    assert depth["ln_post.weight"] == depth["proj"] == 1
+    assert all(group["lr"] == 1e-3 for group in groups)
+    flat = {id(value) for group in groups if group["weight_decay"] == 0 for value in group["params"]}
+    assert flat == {id(value) for value in names.values() if value.ndim <= 1}
+
+
+def test_image_parameters_know_timm_models_and_heads():
+    encoder = gu.load_encoder("timm:resnet10t@" + resnet_file())
+    groups = gu.image_parameters(encoder, 1e-3, layer_decay=0.5)
+    scale = {id(value): group["lr_scale"] for group in groups for value in group["params"]}
+    names = dict(encoder.model.named_parameters())
+    assert len(scale) == len(names)
+    assert scale[id(names["conv1.0.weight"])] < scale[id(names["layer4.0.conv1.weight"])]
+    headed = gu.add_head(gu.load_encoder("random"), dim=8, before_projection=True)
+    groups = gu.image_parameters(headed, 1e-3)
+    values = {id(value) for group in groups for value in group["params"]}
+    assert id(headed.model.visual.proj) not in values
+    assert groups[-1]["lr_scale"] == 10 and id(headed.model.embedding_head.linear.weight) in values
+
+
+@pytest.mark.parametrize(("dim", "before"), [(None, False), (None, True), (8, False), (8, True)])
+def test_a_checkpoint_restores_the_encoder_and_its_towers_load_into_plain_open_clip(tmp_path, dim, before):
+    encoder = gu.load_encoder("mini")
+    with torch.no_grad():
+        for value in encoder.model.visual.parameters():
+            value.add_(0.01)
+    headed = gu.add_head(encoder, dim, before) if dim or before else encoder
+    path = gu.save_checkpoint(headed, tmp_path / "tuned", loss="arcmargin", epochs=3)
+    assert path == tmp_path / "tuned.safetensors"
+    again = gu.load_encoder(f"mini@{path}")
+    batch = torch.randn(3, 3, 48, 48)
+    assert np.array_equal(again.features(again.image_tower, batch), headed.features(headed.image_tower, batch))
+    assert (again.text_tower is None) == bool(dim or before) and again.dim == headed.dim
+    about = json.loads(path.with_suffix(".json").read_text())
+    assert about["loss"] == "arcmargin" and about["load"] == "load_encoder('mini@tuned.safetensors')"
+    plain = open_clip.create_model(f"local-dir:{gu.DATA / 'mini_clip'}", load_weights=False)
+    state = load_file(path)
+    tower = {key.removeprefix("visual."): value for key, value in state.items() if key.startswith("visual.")}
+    plain.visual.load_state_dict(tower, strict=True)
+    if not dim:
+        plain.load_state_dict(state, strict=True)
+
+
+def test_a_checkpoint_that_does_not_fit_on_the_disk_leaves_the_earlier_one(tmp_path):
+    encoder = gu.load_encoder("mini")
+    path = gu.save_checkpoint(encoder, tmp_path / "tuned.safetensors")
+    before = path.read_bytes()
+    code = (
+        "import resource, signal, sys; import gpnns_utils as gu; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "encoder = gu.load_encoder('random'); resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))\n"
+        "gu.save_checkpoint(encoder, sys.argv[1])"
+    )
+    result = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, cwd=gu.HERE)
+    assert result.returncode == 1
+    assert "OSError: could not write" in result.stderr and "MB free" in result.stderr
+    assert path.read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["tuned.json", "tuned.safetensors"], "no leftovers"
+
+
+# --- fit ---
+
+
+class Line(torch.nn.Module):
+    """A line through points: the smallest thing that can be fitted."""
+
+    def __init__(self):
+        super().__init__()
+        self.line, self.frozen = torch.nn.Linear(2, 1), torch.nn.Sequential(torch.nn.BatchNorm1d(2), torch.nn.Dropout())
+        self.seen = []
+
+    def forward(self, x, y):
+        if self.training:
+            self.seen.append(len(x))
+        return F.mse_loss(self.line(self.frozen(x))[:, 0], y)
+
+
+class LinePoints(torch.utils.data.Dataset):
+    def __init__(self, n=64, broken=None):
+        self.x = torch.randn(n, 2, generator=torch.Generator().manual_seed(0))
+        self.y = self.x @ torch.tensor([2.0, -1.0]) + 0.5
+        if broken is not None:
+            self.y[broken] = float("nan")
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, row):
+        return self.x[row], self.y[row]
+
+
+def fit_line(folder, dataset=None, seed=0, **settings):
+    torch.manual_seed(0)
+    objective = Line()
+    groups = [{"params": objective.line.parameters(), "lr": 0.1}]
+    log = gu.fit(
+        objective, dataset or LinePoints(), folder, groups, **{"epochs": 20, "batch_size": 16, "seed": seed} | settings
+    )
+    return objective, log
+
+
+def test_fit_finds_a_line_and_leaves_frozen_parts_alone(tmp_path):
+    objective, log = fit_line(tmp_path)
+    assert log[-1]["loss"] < 0.01 < log[0]["loss"]
+    assert objective.line.weight.detach().numpy().ravel() == pytest.approx([2, -1], abs=0.05)
+    assert objective.frozen[0].num_batches_tracked == 0, "a frozen module stays in evaluation mode"
+    assert log[-1]["step"] == 80 and {"epoch", "rate", "gradient", "images_per_second"} <= log[-1].keys()
+    (written,) = tmp_path.glob("*/log.jsonl")
+    assert [json.loads(line) for line in written.read_text().splitlines()] == log
+
+
+def test_the_rate_warms_up_and_falls_on_a_cosine(tmp_path):
+    _, log = fit_line(tmp_path, warmup=8)
+    rates = [row["rate"] for row in log]
+    assert rates[:8] == pytest.approx([0.1 * step / 8 for step in range(8)])
+    assert rates[8:] == pytest.approx([0.05 * (1 + math.cos(math.pi * step / 80)) for step in range(8, 80)])
+
+
+def test_the_same_call_repeats_bit_for_bit_and_another_seed_does_not(tmp_path):
+    one, _ = fit_line(tmp_path / "a", epochs=3)
+    same, _ = fit_line(tmp_path / "b", epochs=3)
+    other, _ = fit_line(tmp_path / "c", epochs=3, seed=1)
+    assert torch.equal(one.line.weight, same.line.weight)
+    assert not torch.equal(one.line.weight, other.line.weight)
+
+
+def test_a_finished_training_is_read_back_and_other_settings_train_anew(tmp_path):
+    one, log = fit_line(tmp_path, epochs=3)
+    again, same_log = fit_line(tmp_path, epochs=3)
+    assert again.seen == [] and torch.equal(one.line.weight, again.line.weight) and same_log == log
+    longer, _ = fit_line(tmp_path, epochs=4)
+    assert len(longer.seen) == 16 and len(list(tmp_path.iterdir())) == 2
+    other = LinePoints()
+    other.y += 1
+    fresh, _ = fit_line(tmp_path, other, epochs=3)
+    assert len(fresh.seen) == 12, "other data are not mistaken for the same training"
+
+
+def test_accumulated_batches_equal_one_large_batch(tmp_path):
+    large, _ = fit_line(tmp_path / "a", epochs=2, batch_size=32)
+    small, log = fit_line(tmp_path / "b", epochs=2, batch_size=16, accumulate=2)
+    assert log[-1]["step"] == 4 and len(small.seen) == 8
+    assert torch.allclose(large.line.weight, small.line.weight, atol=1e-6)
+
+
+def test_gradients_are_clipped_to_the_norm_that_is_asked_for(tmp_path, monkeypatch):
+    """Adam hides the size of a gradient, so plain gradient descent takes its place: a step is rate x clip at most."""
+    monkeypatch.setattr(torch.optim, "AdamW", lambda groups: torch.optim.SGD(groups))
+    torch.manual_seed(0)
+    start = Line().line.weight.detach().clone()
+    objective, log = fit_line(tmp_path, epochs=0.25, clip=0.01)
+    assert log[-1]["gradient"] > 0.1
+    step = torch.cat([(objective.line.weight - start).flatten()]).norm().item()
+    assert 0 < step <= 0.1 * 0.01 * 1.001
+
+
+def test_the_average_of_the_weights_is_what_is_kept(tmp_path):
+    weights = []
+    torch.manual_seed(0)
+    objective = Line()
+    expected = objective.line.weight.detach().clone()
+
+    def watch():
+        weights.append(objective.line.weight.detach().clone())
+        return float(len(weights))
+
+    groups = [{"params": objective.line.parameters(), "lr": 0.1}]
+    gu.fit(objective, LinePoints(), tmp_path / "a", groups, epochs=1, batch_size=16, validate=watch, validate_every=1)
+    for weight in weights:
+        expected = 0.7 * expected + 0.3 * weight
+    average, _ = fit_line(tmp_path / "b", epochs=1, ema=0.7)
+    assert len(weights) == 4 and torch.allclose(average.line.weight, expected, atol=1e-6)
+
+
+def test_the_best_validated_weights_are_kept(tmp_path):
+    seen, scores = [], iter([10.0, 50.0, 30.0, 20.0])
+    torch.manual_seed(0)
+    objective = Line()
+
+    def validate():
+        assert not objective.training
+        seen.append(objective.line.weight.detach().clone())
+        return next(scores)
+
+    groups = [{"params": objective.line.parameters(), "lr": 0.1}]
+    log = gu.fit(objective, LinePoints(), tmp_path, groups, epochs=4, batch_size=16, validate=validate)
+    assert [row["validation"] for row in log if "validation" in row] == [10, 50, 30, 20]
+    assert torch.equal(objective.line.weight, seen[1])
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_rows(tmp_path):
+    rows = [row for _, row in list(gu.batches(64, 16, 0, 8, 0, None, 0, 1))[6]]
+    seen_before = {row for batch in list(gu.batches(64, 16, 0, 6, 0, None, 0, 1))[4:] for _, row in batch}
+    broken = next(row for row in rows if row not in seen_before)
+
+    class LateTrouble(LinePoints):
+        reads = 0
+
+        def __getitem__(self, row):
+            self.reads += 1
+            x, y = super().__getitem__(row)
+            return x, y * float("nan") if row == broken and self.reads > 80 else y
+
+    with pytest.raises(FloatingPointError, match=rf"loss became \[nan\] at step 7, .*{broken}.*step_00000006") as error:
+        fit_line(tmp_path, LateTrouble(), epochs=4, save_every=2, workers=0)
+    assert str(rows[:3])[1:-1] in str(error.value)
+    (kept,) = tmp_path.glob("*/step_*")
+    assert kept.name == "step_00000006"
+
+
+def test_settings_that_cannot_work_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="64 images do not fill one step of 1 x 128"):
+        fit_line(tmp_path, batch_size=128)
+    objective = Line()
+    with pytest.raises(ValueError, match="nothing to train"):
+        gu.fit(objective, LinePoints(), tmp_path, [{"params": [], "lr": 0.1}], batch_size=16)
+    with pytest.raises(ValueError, match="no weights to train"):
+        gu.ImageObjective(gu.load_encoder("pixels"), gu.ArcMargin(768, 3))
+
+
+# --- fit, in processes of its own ---
+
+
+def train(folder, out, *options, launcher=(), check=True):
+    command = [
+        sys.executable,
+        *launcher,
+        str(Path(__file__).parent / "train_small.py"),
+        str(folder),
+        str(out),
+        *options,
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=gu.HERE, timeout=300)
+    assert result.returncode == 0 or not check, result.stderr[-3000:]
+    return result
+
+
+def test_killed_at_any_moment_and_started_again_it_ends_with_the_same_weights(tmp_path):
+    options = ["--dropout", "0.3", "--ema", "0.9", "--sampled", "4"]
+    train(tmp_path / "whole", tmp_path / "whole.safetensors", *options)
+    for death in (["--kill-at-item", "30"], ["--kill-at-item", "150"], ["--kill-while-saving"]):
+        result = train(tmp_path / "cut", tmp_path / "cut.safetensors", *options, *death, check=False)
+        assert result.returncode == -9, result.stderr
+    result = train(tmp_path / "cut", tmp_path / "cut.safetensors", *options)
+    assert "steps 9" in result.stdout
+    whole, cut = load_file(tmp_path / "whole.safetensors"), load_file(tmp_path / "cut.safetensors")
+    assert whole.keys() == cut.keys()
+    for key in whole:
+        if key != "losses":  # the first mean after a resumption is over fewer steps
+            assert torch.equal(whole[key], cut[key]), key
+
+
+def test_a_full_disk_stops_training_with_a_message_and_keeps_the_earlier_checkpoint(tmp_path):
+    train(tmp_path / "run", tmp_path / "out", "--kill-at-item", "150", check=False)
+    (kept,) = (tmp_path / "run").glob("*/step_*")
+    result = train(tmp_path / "run", tmp_path / "out", "--largest-file", "2000", check=False)
+    assert result.returncode == 1 and "OSError: could not write" in result.stderr and "MB free" in result.stderr
+    assert [p.name for p in (tmp_path / "run").glob("*/step_*")] == [kept.name]
+    assert not list((tmp_path / "run").glob("*/partial"))
+    assert "finished" in train(tmp_path / "run", tmp_path / "out").stdout
+
+
+@pytest.mark.parametrize("sampled", [None, "5"])
+def test_two_processes_give_the_weights_of_one_with_the_same_global_batch(tmp_path, sampled):
+    options = ["--sampled", sampled] if sampled else []
+    train(tmp_path / "one", tmp_path / "one.safetensors", *options)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    result = train(tmp_path / "two", tmp_path / "two.safetensors", *options, launcher=launcher)
+    assert "validations 3" in result.stdout, "the first process validates, after each epoch"
+    one, two = load_file(tmp_path / "one.safetensors"), load_file(tmp_path / "two.safetensors")
+    for key in one:
+        assert torch.allclose(one[key].float(), two[key].float(), atol=1e-4), key
