@@ -44,7 +44,8 @@ from IPython.display import HTML, display
 from IPython.display import Image as Picture
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as safetensors_bytes
 from threadpoolctl import threadpool_limits
 from timm.optim import param_groups_layer_decay
 from timm.scheduler import CosineLRScheduler
@@ -739,8 +740,7 @@ def embed_images(
     """
     if len(images) == 0:
         raise ValueError(f"{images.name}: there are no images to embed")
-    if workers is None:
-        workers = 0 if isinstance(images.images, np.ndarray) or len(images) < 64 else min(8, os.cpu_count() or 1)
+    workers = decoders(images) if workers is None else workers
 
     def compute(rows: list[list[int]]):
         loader = DataLoader(
@@ -786,6 +786,11 @@ def embed_texts(encoder: Encoder, texts: Sequence[str], batch_size: int = 256) -
             yield run_tower(encoder, encoder.text_tower, [texts[i] for i in batch])
 
     return embed_in_shards(encoder, digests, batch_size, compute, f"embedding texts with {encoder.name}", "texts")
+
+
+def decoders(images: ImageSet) -> int:
+    """How many processes should decode: none for arrays and for a handful of files."""
+    return 0 if isinstance(images.images, np.ndarray) or len(images) < 64 else min(8, os.cpu_count() or 1)
 
 
 def run_tower(encoder: Encoder, tower: Callable, batch) -> np.ndarray:
@@ -1402,11 +1407,11 @@ def image_parameters(encoder: Encoder, rate: float, layer_decay: float = 1.0, we
     """Groups for `fit` of all that takes part in embedding an image; the text tower is not among them and stays as it is.
 
     layer_decay: each block learns this many times as fast as the one after it (timm's rule; patch and position
-    embeddings count as the lowest). The head of `add_head` learns at 10 times the rate. Biases and norms do not decay.
+    embeddings count as the lowest). Biases and norms do not decay. A head of `add_head` is not among them: it is new,
+    and learns at a rate of its own.
     """
     tower = getattr(encoder.model, "visual", encoder.model)
-    skipped = {id(tower.proj)} if encoder.origin.get("before_projection") else set()
-    skipped |= {id(value) for value in getattr(encoder.model, "embedding_head", torch.nn.Module()).parameters()}
+    skipped = ("embedding_head", "proj") if encoder.origin.get("before_projection") else ("embedding_head",)
     trunk = getattr(tower, "trunk", tower)  # open_clip keeps timm's models in `trunk`
     matcher = getattr(trunk, "group_matcher", None)
     if matcher is None and hasattr(trunk, "transformer"):  # open_clip's own ViT
@@ -1417,26 +1422,31 @@ def image_parameters(encoder: Encoder, rate: float, layer_decay: float = 1.0, we
             raise ValueError(f"the order of the layers of {encoder.name} is not known; choose layer_decay=1")
         matcher = lambda coarse: {}  # noqa: E731
 
-    taking_part = [(key.removeprefix("trunk."), v) for key, v in tower.named_parameters() if id(v) not in skipped]
+    parameters = [(key, value) for key, value in tower.named_parameters() if not key.startswith(skipped)]
+    taking_part = [(key.removeprefix("trunk."), value) for key, value in parameters]
     for _, value in taking_part:
         value.requires_grad_()  # an earlier stage may have frozen it
     layers = SimpleNamespace(group_matcher=matcher, named_parameters=lambda: taking_part)
     groups = param_groups_layer_decay(layers, weight_decay, layer_decay=layer_decay)
-    if hasattr(encoder.model, "embedding_head"):
-        groups.append({"params": list(encoder.model.embedding_head.parameters()), "lr_scale": 10.0})
     return [{"weight_decay": weight_decay} | group | {"lr": rate} for group in groups]
 
 
-def drop_patches(encoder: Encoder, share: float) -> None:
-    """Let a ViT see only a random part of the patches while it trains (FLIP, 2212.00794): faster by about as much."""
+def drop_patches(encoder: Encoder, share: float) -> bool:
+    """Let a ViT see only a random part of the patches while it trains (FLIP, 2212.00794): faster by about as much.
+
+    False where the model has no patches; nothing is changed then.
+    """
     tower = getattr(encoder.model, "visual", encoder.model)
     tower = getattr(tower, "trunk", tower)
-    if not hasattr(tower, "patch_dropout") and not hasattr(tower, "patch_drop"):
-        raise ValueError(f"{encoder.name} has no patches to drop; choose 0")
-    if hasattr(tower, "patch_dropout"):
-        tower.patch_dropout = open_clip.transformer.PatchDropout(share) if share else torch.nn.Identity()
+    if hasattr(tower, "patch_dropout"):  # open_clip's ViT
+        layer = open_clip.transformer.PatchDropout(share)
+        tower.patch_dropout = layer.train(tower.training) if share else torch.nn.Identity()
+    elif hasattr(tower, "patch_drop"):  # timm's
+        layer = timm.layers.PatchDropout(share, tower.num_prefix_tokens)
+        tower.patch_drop = layer.train(tower.training) if share else torch.nn.Identity()
     else:
-        tower.patch_drop = timm.layers.PatchDropout(share) if share else torch.nn.Identity()
+        return False
+    return True
 
 
 class Repeatable(Dataset):
@@ -1453,8 +1463,8 @@ class Repeatable(Dataset):
 
 
 def mix(*numbers: int) -> int:
-    """One seed from several numbers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+    """One seed from several numbers: their tuple's hash, which is fast and the same in every process."""
+    return hash(numbers) % 2**32
 
 
 def batches(
@@ -1531,11 +1541,11 @@ def fit(
 
     repeatable = Repeatable(dataset, seed)
     groups = [{**group, "params": list(group["params"])} for group in groups]
-    optimizers = make_optimizers(objective, groups)
+    optimizers = make_optimizers(objective.to(accelerator.device), groups)
     settings = [steps, batch_size, accumulate, warmup, clip, ema, seed, validate_every, precision, balance is not None]
     folder = Path(folder) / training_key(objective, repeatable, len(dataset), groups, settings)
     schedules = [CosineLRScheduler(optimizer, steps, warmup_t=warmup, t_in_epochs=False) for optimizer in optimizers]
-    average = ModelEmaV3(objective.to(accelerator.device), decay=ema) if ema else None
+    average = ModelEmaV3(objective, decay=ema) if ema else None
     wrapped = accelerator.prepare(objective)
     optimizers = [accelerator.prepare(optimizer) for optimizer in optimizers]
     if average:
@@ -1549,9 +1559,8 @@ def fit(
 
     first, last = step * accumulate, steps * accumulate
     share = batches(len(dataset), batch_size, first, last, seed, balance, accelerator.process_index, processes)
-    if workers is None:  # arrays need no decoding
-        arrays = isinstance(getattr(getattr(dataset, "images", None), "images", None), np.ndarray)
-        workers = 0 if arrays else min(8, os.cpu_count() or 1)
+    if workers is None:
+        workers = decoders(dataset.images) if isinstance(dataset, TrainingImages) else 0
     loader = DataLoader(repeatable, batch_sampler=share, num_workers=workers)
     progress = Progress(steps * batch_size * accumulate, "training", done=step * batch_size * accumulate)
     picture, losses, started = None, [], time.time()
@@ -1564,35 +1573,26 @@ def fit(
             loss = wrapped(*accelerate.utils.send_to_device(batch, accelerator.device))
             losses.append(finite(accelerator, loss, "loss", step, rows, folder))
             accelerator.backward(loss)
-            if accelerator.sync_gradients:
-                gradient = clip_gradients(accelerator, objective, clip)
-                if precision != "fp16":  # its scaler skips a step whose gradient overflows
-                    finite(accelerator, gradient, "gradient", step, rows, folder)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
         if not accelerator.sync_gradients:
             continue
+        gradient = clip_gradients(accelerator, objective, clip)
+        if precision != "fp16":  # its scaler skips a step whose gradient overflows
+            finite(accelerator, gradient, "gradient", step, rows, folder)
+        take_step(accelerator, [optimizer.optimizer for optimizer in optimizers])
         step += 1
         progress.update(step * batch_size * accumulate)
         if average:
             average.update(objective)
-        row = {"step": step, "epoch": step / per_epoch}
-        if step % log_every == 0 or step == steps:
-            speed = len(losses) * batch_size / (time.time() - started)
-            rate = max(group["lr"] for optimizer in optimizers for group in optimizer.param_groups)
-            row |= {
-                "loss": float(np.mean(losses)),
-                "rate": rate,
-                "gradient": gradient.item(),
-                "images_per_second": speed,
-            }
-        if validate and (step % validate_every == 0 or step == steps):
-            row["validation"] = validated(accelerator, objective, average, validate)
-            if row["validation"] > best and main:
-                save_weights(average.module if average else objective, folder / "best.safetensors")
-            best = max(best, row["validation"])
-        if len(row) > 2:
+        checking = validate and (step % validate_every == 0 or step == steps)
+        if checking or step % log_every == 0 or step == steps:
+            row = {"step": step, "epoch": step / per_epoch, "loss": float(np.mean(losses)), "gradient": gradient.item()}
+            row["rate"] = max(group["lr"] for optimizer in optimizers for group in optimizer.param_groups)
+            row["images_per_second"] = len(losses) * batch_size / (time.time() - started)
+            if checking:
+                row["validation"] = validated(accelerator, objective, average, validate)
+                if row["validation"] > best and main:
+                    save_weights(average.module if average else objective, folder / "best.safetensors")
+                best = max(best, row["validation"])
             log.append(row)
             losses, started = [], time.time()
             if main:
@@ -1682,6 +1682,18 @@ def clip_gradients(accelerator, objective: torch.nn.Module, clip: float) -> torc
     return torch.stack([torch.nn.utils.clip_grad_norm_(values, clip) for values in dense if values]).max()
 
 
+def take_step(accelerator, optimizers: list[torch.optim.Optimizer]) -> None:
+    """One step of each; the scaler of half precision is updated once, after all of them, as torch asks for."""
+    for optimizer in optimizers:
+        if accelerator.scaler:
+            accelerator.scaler.step(optimizer)
+        else:
+            optimizer.step()
+        optimizer.zero_grad()
+    if accelerator.scaler:
+        accelerator.scaler.update()
+
+
 def validated(
     accelerator, objective: torch.nn.Module, average: ModelEmaV3 | None, validate: Callable[[], float]
 ) -> float:
@@ -1694,6 +1706,8 @@ def validated(
     if average:
         exchange(objective, average.module)
     set_training(objective)
+    if not np.isfinite(value[0]):
+        raise ValueError("validation gave no score; at least two classes with two images each are needed to measure on")
     return float(value[0])
 
 
@@ -1727,7 +1741,7 @@ def save_state(accelerator, folder: Path, step: int) -> None:
 def save_weights(module: torch.nn.Module, path: Path, metadata: dict[str, str] | None = None) -> None:
     """A module's state dict as safetensors, atomically."""
     state = {key: value.detach().cpu().clone().contiguous() for key, value in module.state_dict().items()}
-    write_atomically(path, lambda file: save_file(state, file.name, metadata))
+    write_atomically(path, lambda file: file.write(safetensors_bytes(state, metadata)))
 
 
 def as_lines(rows: list[dict]) -> bytes:
@@ -1739,15 +1753,23 @@ def read_log(path: Path) -> list[dict]:
 
 
 def draw_training(log: list[dict], handle=None):
-    """Loss and validation by epoch, drawn over the picture of `handle`; returns the handle (None outside a notebook)."""
+    """The log as curves by epoch, drawn over the picture of `handle`; returns the handle (None outside a notebook)."""
     if getattr(get_ipython(), "kernel", None) is None:
         return None
-    checked = [row for row in log if "validation" in row]
-    figure, axes = plt.subplots(1, 1 + bool(checked), figsize=(4 + 4 * bool(checked), 2.4), squeeze=False)
-    shown = {"loss": [row for row in log if "loss" in row], "validation": checked}
-    for axis, (key, rows), color in zip(axes[0], shown.items(), PALETTE, strict=False):
-        axis.plot([row["epoch"] for row in rows], [row[key] for row in rows], "o-"[key == "loss" :], color=color)
-        axis.set(xlabel="epochs", ylabel={"loss": "training loss", "validation": "validation mAP (%)"}[key])
+    titles = {
+        "loss": "loss",
+        "validation": "validation mAP (%)",
+        "rate": "rate",
+        "images_per_second": "images per second",
+    }
+    shown = {key: [row for row in log if key in row] for key in titles}
+    shown = {key: rows for key, rows in shown.items() if rows}
+    figure, axes = plt.subplots(1, len(shown), figsize=(2.1 * len(shown), 1.8), squeeze=False)
+    for axis, (key, rows) in zip(axes[0], shown.items(), strict=True):
+        axis.plot([row["epoch"] for row in rows], [row[key] for row in rows], "o-" if key == "validation" else "-")
+        axis.set_title(titles[key], fontsize=9)
+        axis.tick_params(labelsize=8)
+        axis.set(xlabel="epochs", ylim=(0, None) if key == "images_per_second" else None)
     plt.close(figure)
     if handle is None:
         return display(figure, display_id=True)

@@ -33,7 +33,7 @@ SPLITS = {
     "shifted": (3, 40, 10),
 }
 SIZE = 64  # pixels; drawn three times larger and averaged, which smooths the edges
-VERSION = 1  # part of the cache's name: raise it when a drawing changes
+VERSION = 2  # part of the cache's name: raise it when a drawing changes
 
 COLORS = {
     "red": (200, 45, 45), "orange": (232, 132, 40), "yellow": (238, 205, 70), "green": (70, 150, 75),
@@ -319,8 +319,8 @@ def draw_fish(p: dict, rng) -> Canvas:
     if rng.random() < 0.3:  # ruled paper
         for y in np.arange(-1, 1, 0.25):
             canvas.line([(-1, y), (1, y)], tone(paper, 0.88), 0.012)
-    pencil = tone((45, 45, 55), rng.uniform(0.7, 1.5))
-    thick = rng.uniform(0.022, 0.045)
+    pencil = tone((45, 45, 55), rng.uniform(0.6, 1.2))
+    thick = rng.uniform(0.045, 0.075)
     wobble = rng.uniform(0.004, 0.016)
     canvas.place(rng.normal(0, 0.2), rng.uniform(0.85, 1.15), rng.normal(0, 0.09, 2), rng.normal(0, 0.1))
 

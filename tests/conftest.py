@@ -1,7 +1,10 @@
+import ast
 import os
 import shutil
+from types import SimpleNamespace
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+import nbformat
 import numpy as np
 import pytest
 from PIL import Image
@@ -42,6 +45,19 @@ def results(request):
     profile = f"test-{request.node.name.split('[')[0][:40]}"
     yield profile, gu.work_folder() / "runs" / profile
     shutil.rmtree(gu.work_folder() / "runs" / profile, ignore_errors=True)
+
+
+def lift(notebook):
+    """The imports, functions and classes of a notebook, without running anything else in it."""
+    path = next((gu.HERE / "notebooks").glob(f"{notebook}_*.ipynb"))
+    cells = nbformat.read(path, as_version=4).cells
+    code = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
+    kept = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)
+    tree = ast.parse(code)
+    tree.body = [node for node in tree.body if isinstance(node, kept)]
+    names = {}
+    exec(compile(tree, str(path), "exec"), names)
+    return SimpleNamespace(**names)
 
 
 def unit(rng, n, d):

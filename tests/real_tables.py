@@ -13,9 +13,9 @@ REAL = Path(__file__).resolve().parents[2] / "shared" / "real"
 MOBILENET = f"timm:mobilenetv2_035?pad_type=same&bn_eps=0.001&mean=0.5&std=0.5&crop_pct=1&interpolation=bilinear@{REAL}/weights/mobilenetv2_035.safetensors"
 
 
-def emoji(real: Path):
-    """Test concepts as labels, drawing styles as groups, keywords as captions, the name last."""
-    concepts = json.loads((real / "emoji" / "split.json").read_text())["test"]
+def emoji(real: Path, split: str = "test"):
+    """Concepts as labels, drawing styles as groups, keywords as captions, the name last."""
+    concepts = json.loads((real / "emoji" / "split.json").read_text())[split]
     captions = json.loads((real / "emoji" / "captions.json").read_text())
     for concept in concepts:
         words = captions[concept]["captions"]
@@ -33,23 +33,32 @@ def omniglot(real: Path):
                 yield path, folder.name, alphabet, ""
 
 
-def clothing(real: Path):
+def clothing(real: Path, split: str = "test"):
     """Photos of clothes, their kind as label."""
-    for path in sorted((real / "clothing" / "test").glob("*/*.jpg")):
+    for path in sorted((real / "clothing" / split).glob("*/*.jpg")):
         yield path, path.parent.name, "", path.parent.name
 
 
+TABLES = {
+    "emoji": emoji,
+    "omniglot": omniglot,
+    "clothing": clothing,
+    "emoji_train": lambda real: emoji(real, "train"),
+    "clothing_train": lambda real: clothing(real, "train"),
+}
+
+
 def write_table(name: str, out: Path, real: Path = REAL) -> Path:
-    """Write out/<name>.csv for one of emoji, omniglot, clothing."""
+    """Write out/<name>.csv for one of TABLES."""
     out.mkdir(parents=True, exist_ok=True)
     real = real.resolve()
     with open(out / f"{name}.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["path", "label", "group", "caption"])
-        writer.writerows({"emoji": emoji, "omniglot": omniglot, "clothing": clothing}[name](real))
+        writer.writerows(TABLES[name](real))
     return out / f"{name}.csv"
 
 
 if __name__ == "__main__":
-    for name in ("emoji", "omniglot", "clothing"):
+    for name in TABLES:
         print(write_table(name, Path(sys.argv[2]), Path(sys.argv[1])))

@@ -1,20 +1,22 @@
 """The margin, the heads, checkpoints, and `fit`: repeatable, resumable, on one process or two."""
 
+import copy
 import json
 import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import unit
+from conftest import lift, unit
 from hypothesis import given
 from hypothesis import strategies as st
-from pytorch_metric_learning.losses import ArcFaceLoss, SubCenterArcFaceLoss
+from pytorch_metric_learning.losses import ArcFaceLoss, CosFaceLoss, ProxyAnchorLoss, SubCenterArcFaceLoss
 from safetensors.torch import load_file
 
 import gpnns_utils as gu
@@ -103,6 +105,53 @@ def test_proxies_start_near_the_class_means_that_they_are_given():
         directions = F.normalize(loss.proxies.detach().reshape(6, centers, 8), dim=2).numpy()
         assert (np.einsum("ckd,cd->ck", directions, means) > 0.9).all()
     assert not np.allclose(directions[:, 0], directions[:, 1])
+
+
+# --- the losses that notebook 03 defines ---
+
+
+@pytest.fixture(scope="module")
+def lesson():
+    return lift("03")
+
+
+def test_the_margin_by_hand_is_the_modules(lesson):
+    embeddings, labels = tensors()
+    module = gu.ArcMargin(16, 10, 20, 0.3)
+    by_hand = lesson.arc_margin_by_hand(embeddings, module.proxies, labels, 20, 0.3)
+    assert by_hand.item() == pytest.approx(module(embeddings, labels).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["CosFace", "ProxyAnchor"])
+def test_the_other_losses_equal_pytorch_metric_learning(lesson, name):
+    embeddings, labels = tensors(classes=6)
+    begin = unit(np.random.default_rng(1), 10, 16)
+    ours = getattr(lesson, name)(16, begin)
+    if name == "CosFace":
+        theirs = CosFaceLoss(num_classes=10, embedding_size=16, margin=0.2, scale=20)
+        theirs.W.data = torch.from_numpy(begin.T.copy())
+    else:
+        theirs = ProxyAnchorLoss(num_classes=10, embedding_size=16, margin=0.1, alpha=4)
+        theirs.proxies.data = torch.from_numpy(begin.copy())
+    values = ours(embeddings, labels), theirs(embeddings, labels)
+    assert values[0].item() == pytest.approx(values[1].item(), rel=1e-5)
+    one, other = (torch.autograd.grad(value, embeddings)[0] for value in values)
+    assert torch.allclose(one, other, atol=1e-5)
+
+
+def test_plain_softmax_is_cross_entropy_of_dot_products(lesson):
+    embeddings, labels = tensors()
+    begin = unit(np.random.default_rng(1), 10, 16)
+    expected = F.cross_entropy(3 * embeddings @ torch.from_numpy(begin).T, labels)
+    assert lesson.Softmax(16, 5 * begin)(3 * embeddings, labels).item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_rarer_classes_get_wider_margins_between_the_published_bounds(lesson):
+    """G-Universal-CLIP: t = sqrt(1 / sqrt(count)), scaled to 0.05 ... 0.50."""
+    counts = [50, 4, 7, 20]
+    t = np.sqrt(1 / np.sqrt(counts))
+    assert lesson.margins_by_count(counts) == pytest.approx((t - t.min()) / (t.max() - t.min()) * 0.45 + 0.05)
+    assert np.isfinite(lesson.margins_by_count([10, 10])).all()
 
 
 # --- many classes ---
@@ -261,6 +310,17 @@ def test_rates_fall_with_depth_and_every_parameter_of_the_image_tower_is_in_one_
     assert flat == {id(value) for value in names.values() if value.ndim <= 1}
 
 
+def test_patches_are_dropped_in_training_only_and_only_where_there_are_any():
+    encoder = gu.load_encoder("random")
+    batch = torch.randn(2, 3, 48, 48)
+    before = encoder.features(encoder.image_tower, batch)
+    assert gu.drop_patches(encoder, 0.5)
+    assert np.array_equal(encoder.features(encoder.image_tower, batch), before)
+    encoder.model.train()
+    assert not np.allclose(encoder.features(encoder.image_tower, batch), before)
+    assert not gu.drop_patches(gu.load_encoder("timm:resnet10t@" + resnet_file()), 0.5)
+
+
 def test_image_parameters_know_timm_models_and_heads():
     encoder = gu.load_encoder("timm:resnet10t@" + resnet_file())
     groups = gu.image_parameters(encoder, 1e-3, layer_decay=0.5)
@@ -272,7 +332,8 @@ def test_image_parameters_know_timm_models_and_heads():
     groups = gu.image_parameters(headed, 1e-3)
     values = {id(value) for group in groups for value in group["params"]}
     assert id(headed.model.visual.proj) not in values
-    assert groups[-1]["lr_scale"] == 10 and id(headed.model.embedding_head.linear.weight) in values
+    assert id(headed.model.embedding_head.linear.weight) not in values, "it is new and has a rate of its own"
+    assert len(values) == len(list(headed.model.visual.parameters())) - 1
 
 
 @pytest.mark.parametrize(("dim", "before"), [(None, False), (None, True), (8, False), (8, True)])
@@ -296,6 +357,15 @@ def test_a_checkpoint_restores_the_encoder_and_its_towers_load_into_plain_open_c
     plain.visual.load_state_dict(tower, strict=True)
     if not dim:
         plain.load_state_dict(state, strict=True)
+
+
+def test_the_shipped_fine_tuning_gains_ten_points_over_its_start_and_keeps_the_text_tower():
+    images = gu.load_images("mini", "test")
+    start, tuned = gu.load_encoder("mini"), gu.load_encoder(f"mini@{gu.DATA}/mini_tuned/arcmargin.safetensors")
+    assert gu.image_to_image(tuned, images).mean > gu.image_to_image(start, images).mean + 0.10
+    assert all(
+        torch.equal(a, b) for a, b in zip(*(e.model.transformer.parameters() for e in (start, tuned)), strict=True)
+    )
 
 
 def test_a_checkpoint_that_does_not_fit_on_the_disk_leaves_the_earlier_one(tmp_path):
@@ -464,6 +534,22 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_rows(tmp_pat
     assert kept.name == "step_00000006"
 
 
+def test_the_scaler_of_half_precision_is_undone_once_for_both_optimizers():
+    """A GPU without bfloat16 scales its loss; the proxies' optimizer must not see that scale, nor its removal twice."""
+    embedding, line = torch.nn.Embedding(6, 2, sparse=True), torch.nn.Linear(2, 1)
+    twins = copy.deepcopy((embedding, line))
+    for scaler, (table, layer) in ((None, (embedding, line)), (torch.amp.GradScaler("cpu", init_scale=4096.0), twins)):
+        optimizers = [torch.optim.SGD(layer.parameters(), 0.1), torch.optim.SGD(table.parameters(), 0.1)]
+        for _ in range(3):
+            loss = layer(table(torch.tensor([1, 4]))).square().sum()
+            (scaler.scale(loss) if scaler else loss).backward()
+            for optimizer in optimizers if scaler else ():
+                scaler.unscale_(optimizer)
+            gu.take_step(SimpleNamespace(scaler=scaler), optimizers)
+    assert torch.allclose(embedding.weight, twins[0].weight, atol=1e-6)
+    assert torch.allclose(line.weight, twins[1].weight, atol=1e-6) and line.weight.grad is None
+
+
 def test_settings_that_cannot_work_are_refused(tmp_path):
     with pytest.raises(ValueError, match="64 images do not fill one step of 1 x 128"):
         fit_line(tmp_path, batch_size=128)
@@ -514,6 +600,15 @@ def test_a_full_disk_stops_training_with_a_message_and_keeps_the_earlier_checkpo
     assert [p.name for p in (tmp_path / "run").glob("*/step_*")] == [kept.name]
     assert not list((tmp_path / "run").glob("*/partial"))
     assert "finished" in train(tmp_path / "run", tmp_path / "out").stdout
+
+
+def test_half_precision_keeps_float32_weights_and_trains_about_the_same(tmp_path):
+    train(tmp_path / "full", tmp_path / "full.safetensors")
+    train(tmp_path / "half", tmp_path / "half.safetensors", "--bfloat16")
+    full, half = load_file(tmp_path / "full.safetensors"), load_file(tmp_path / "half.safetensors")
+    weights = full["tower.0.weight"], half["tower.0.weight"]
+    assert weights[1].dtype == torch.float32 and not torch.equal(*weights)
+    assert torch.allclose(full["losses"], half["losses"], rtol=0.05)
 
 
 @pytest.mark.parametrize("sampled", [None, "5"])

@@ -10,7 +10,7 @@ import gpnns_utils as gu
 sys.path.insert(0, str(gu.DATA))
 import mini_world
 
-FINGERPRINT = "61b9af4137f5021a2fcb1cf11820cdc2bd7306d37f1adeab1c3cc9e87c3364c0"
+FINGERPRINT = "ef0f9fe1fd2b5ef98b7c5dda2c728d881afdf615f4fac534c65f677b08ccaa13"
 
 
 def test_the_world_is_the_same_on_every_run_and_machine():

@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import nbformat
 import numpy as np
 import papermill as pm
 import pytest
+from PIL import Image
 
 import gpnns_utils as gu
 
@@ -32,7 +34,7 @@ def lines(cell):
 
 
 def test_the_course_has_its_notebooks():
-    assert ids[:2] == ["01_search_images", "02_benchmark_encoders"]
+    assert ids[:3] == ["01_search_images", "02_benchmark_encoders", "03_finetune_arcmargin"]
 
 
 @pytest.mark.parametrize("path", PATHS, ids=ids)
@@ -107,6 +109,9 @@ def test_links_between_notebooks_lead_somewhere():
 
 # --- execution ---
 
+# Parameters of the tests that run every notebook; the training that is the default runs once, below.
+QUICK = {"03_finetune_arcmargin": {"train": "none"}}
+
 
 def execute(path, output, parameters, cwd):
     """Run through papermill with the guards it lacks: unknown parameters fail, and every cell must have run."""
@@ -128,7 +133,8 @@ def text_of(notebook):
 @pytest.mark.parametrize("path", PATHS, ids=ids)
 def test_a_notebook_runs_from_the_root_and_from_its_folder(path, where, tmp_path, results):
     profile, folder = results
-    execute(path, tmp_path / "out.ipynb", {"profile": profile}, gu.HERE if where == "root" else FOLDER)
+    parameters = {"profile": profile} | QUICK.get(path.stem, {})
+    execute(path, tmp_path / "out.ipynb", parameters, gu.HERE if where == "root" else FOLDER)
     written = json.loads((folder / f"{path.stem}.json").read_text())
     assert written.keys() == {"notebook", "profile", "seconds", "headline", "environment", "rows"}
     assert written["notebook"] == path.stem and written["rows"] and written["headline"]
@@ -200,6 +206,71 @@ def test_search_needs_no_labels_and_benchmark_says_that_it_does(folder, tmp_path
             {"profile": profile, "images": str(flat)},
             gu.HERE,
         )
+
+
+@pytest.mark.notebook
+def test_fine_tuning_gains_ten_points_on_unseen_classes_in_every_domain_and_costs_text(tmp_path, results):
+    profile, out = results
+    notebook = execute(FOLDER / "03_finetune_arcmargin.ipynb", tmp_path / "o.ipynb", {"profile": profile}, gu.HERE)
+    rows = json.loads((out / "03_finetune_arcmargin.json").read_text())["rows"]
+    scores = {(row["model"], row["split"], row["task"], row["group"]): row for row in rows}
+    tuned = {key[1:]: row for key, row in scores.items() if key[0] == "arcmargin"}
+    assert {row["seeds"] for row in tuned.values()} == {3}
+    for (split, task, group), row in tuned.items():
+        gain = row["value"] - scores["mini", split, task, group]["value"]
+        if task == "text_to_image":
+            assert gain < 0, "the text tower no longer fits"
+        elif group == "all" and split == "test" and task == "image_to_image":
+            assert gain >= 10
+        else:
+            assert gain > 0, (split, task, group)
+    losses = {row["model"] for row in rows}
+    assert {"softmax", "cosface", "proxyanchor", "subcenters"} <= losses
+    trained_here = [json.loads(line) for line in next(out.glob("03_training/*/log.jsonl")).read_text().splitlines()]
+    validation = [row["validation"] for row in trained_here if "validation" in row]
+    assert len(validation) == 3 and max(validation) > 70, "this run trained, it did not load"
+    assert "nan" not in text_of(notebook)
+
+
+@pytest.fixture
+def shapes(tmp_path):
+    """Ten classes of six pictures: a colored square each, at a random place."""
+    rng = np.random.default_rng(0)
+    for label in range(10):
+        color = rng.integers(0, 256, 3)
+        for i in range(6):
+            pixels = rng.integers(0, 60, (40, 40, 3), dtype=np.uint8)
+            x, y = rng.integers(0, 20, 2)
+            pixels[y : y + 20, x : x + 20] = color
+            path = tmp_path / "shapes" / f"class {label}" / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(path)
+    return tmp_path / "shapes"
+
+
+@pytest.mark.notebook
+def test_anyones_folder_is_fine_tuned_with_every_loss_and_a_head(shapes, tmp_path, results, cache):
+    profile, out = results
+    (shapes / "class 3" / "0.png").write_bytes(b"broken")
+    (shapes / "class 4" / "1.png").unlink()
+    for i in range(1, 6):
+        (shapes / "class 5" / f"{i}.png").unlink()  # a class with one image
+    mine = {"profile": profile, "train_images": str(shapes), "batch_size": 16, "epochs": 4, "head": 16, "train": "all"}
+    execute(FOLDER / "03_finetune_arcmargin.ipynb", tmp_path / "o.ipynb", mine, gu.HERE)
+    encoder = gu.load_encoder(f"mini@{out}/03_arcmargin.safetensors")
+    assert encoder.dim == 16 and encoder.text_tower is None
+    rows = json.loads((out / "03_finetune_arcmargin.json").read_text())["rows"]
+    assert {"softmax", "cosface", "proxyanchor", "subcenters", "thinned, adaptive"} <= {row["model"] for row in rows}
+
+
+@pytest.mark.notebook
+@pytest.mark.parametrize(("kept", "message"), [(1, "has 1 classes"), (3, "has 3 classes; at least 4 are needed")])
+def test_too_few_classes_to_learn_from_and_measure_on_are_refused(shapes, tmp_path, results, cache, kept, message):
+    for folder in sorted(shapes.iterdir())[kept:]:
+        shutil.rmtree(folder)
+    parameters = {"profile": results[0], "train_images": str(shapes)}
+    with pytest.raises(pm.PapermillExecutionError, match=message):
+        execute(FOLDER / "03_finetune_arcmargin.ipynb", tmp_path / "o.ipynb", parameters, gu.HERE)
 
 
 @pytest.mark.notebook

@@ -24,6 +24,7 @@ parser.add_argument("--largest-file", type=int, help="no file can be larger (byt
 parser.add_argument("--sampled", type=int)
 parser.add_argument("--dropout", type=float, default=0.0)
 parser.add_argument("--ema", type=float)
+parser.add_argument("--bfloat16", action="store_true")
 arguments = parser.parse_args()
 
 
@@ -59,6 +60,8 @@ class Objective(torch.nn.Module):
         return self.loss(self.tower(points), labels)
 
 
+if arguments.bfloat16:
+    gu.best_precision = lambda device: torch.bfloat16
 torch.manual_seed(0)
 torch.set_num_threads(1)
 objective, dataset = Objective(), Points()
@@ -86,7 +89,7 @@ log = gu.fit(
 )  # fmt: skip
 if os.environ.get("RANK", "0") == "0":
     state = {key: value.contiguous() for key, value in objective.state_dict().items()}
-    state["losses"] = torch.tensor([row["loss"] for row in log if "loss" in row])
+    state["losses"] = torch.tensor([row["loss"] for row in log])
     state["validation"] = torch.tensor([row["validation"] for row in log if "validation" in row])
     save_file(state, arguments.out)
     print(

@@ -140,9 +140,91 @@ def map_full_ranking(repeats: int) -> dict:
     return results.pop("gpnns") | {"peers": results}
 
 
+BATCH, DIM, SAMPLED = 128, 512, 4096
+
+
+def make_step(name: str, classes: int):
+    """One training step of a margin loss: forward, backward, update of the proxies."""
+    import torch
+    from pytorch_metric_learning.losses import ArcFaceLoss, SubCenterArcFaceLoss
+
+    torch.manual_seed(0)
+    theirs = {"num_classes": classes, "embedding_size": DIM, "margin": 17.2, "scale": 30}
+    loss = {
+        "full": lambda: gu.ArcMargin(DIM, classes, 30, 0.3),
+        "full, 3 centers": lambda: gu.ArcMargin(DIM, classes, 30, 0.3, centers=3),
+        "sampled": lambda: gu.ArcMargin(DIM, classes, 30, 0.3, sampled=SAMPLED),
+        "sampled, 3 centers": lambda: gu.ArcMargin(DIM, classes, 30, 0.3, centers=3, sampled=SAMPLED),
+        "ArcFaceLoss": lambda: ArcFaceLoss(**theirs),
+        "SubCenterArcFaceLoss": lambda: SubCenterArcFaceLoss(**theirs, sub_centers=3),
+    }[name]()
+    optimizer = (torch.optim.SparseAdam if name.startswith("sampled") else torch.optim.AdamW)(loss.parameters())
+    labels = torch.randint(classes, (BATCH,))
+
+    def step() -> float:
+        embeddings = torch.nn.functional.normalize(torch.randn(BATCH, DIM)).requires_grad_()
+        value = loss(embeddings, labels)
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return value.item()
+
+    return step
+
+
+def measure_step(name: str, classes: int, repeats: int) -> dict:
+    """Medians over alternations of a step and of the product of embeddings and proxies that any full softmax needs."""
+    import torch
+
+    left, right = torch.randn(BATCH, DIM), torch.randn(DIM, 10_000)
+    with PeakMemory() as memory:
+        step = make_step(name, classes)
+        step()  # allocates the optimizer's moments
+        base = psutil.Process().memory_info().rss
+        steps, products = [], []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            for _ in range(10):
+                left @ right
+            products.append((time.perf_counter() - start) / 10 * classes / 10_000)
+            start = time.perf_counter()
+            step()
+            steps.append(time.perf_counter() - start)
+    ratio = statistics.median(b / a for a, b in zip(products, steps, strict=True))
+    kept = (base - memory.start) / 1e6
+    return {
+        "ratio": round(ratio, 3),
+        "seconds": round(statistics.median(steps), 4),
+        "peak_mb": round(memory.megabytes),
+        "kept_mb": round(kept),
+    }
+
+
+def arcmargin_step(repeats: int) -> dict:
+    """A step at 10 k, 100 k and 1 M classes x 512, batch 128, against pytorch-metric-learning. Ratios: to the product of
+    embeddings and all proxies. `peak_mb` covers proxies, gradients, moments and the step; `kept_mb` what stays."""
+    context = multiprocessing.get_context("spawn")
+    results = {}
+    for classes in (10_000, 100_000, 1_000_000):
+        for name in ("full", "ArcFaceLoss", "sampled", "full, 3 centers", "SubCenterArcFaceLoss", "sampled, 3 centers"):
+            key, smaller = f"{classes:,} classes: {name}", results.get(f"{classes // 10:,} classes: {name}", {})
+            needed, available = 10 * smaller.get("peak_mb", 0), psutil.virtual_memory().available / 1e6
+            if needed > 0.9 * available:
+                results[key] = {"does_not_fit": f"about {needed:,} MB needed, {available:,.0f} MB available"}
+            else:
+                with context.Pool(1) as pool:
+                    results[key] = pool.apply(measure_step, (name, classes, repeats if classes < 10**6 else 3))
+            print(f"{key:44} {results[key]}", flush=True)
+    return results
+
+
+ROWS = {"map_full_ranking": map_full_ranking, "arcmargin_step": arcmargin_step}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("rows", nargs="*", default=ROWS, help=f"which of {', '.join(ROWS)} (default: all)")
     arguments = parser.parse_args()
     machine = {
         "cores": os.cpu_count(),
@@ -150,8 +232,10 @@ def main() -> None:
         "python": platform.python_version(),
         "numpy": np.__version__,
     }
-    result = {"map_full_ranking": map_full_ranking(arguments.repeats) | {"machine": machine}}
     path = gu.work_folder() / "runs" / "bench.json"
+    result = json.loads(path.read_text()) if path.exists() else {}
+    for row in arguments.rows:
+        result[row] = ROWS[row](arguments.repeats) | {"machine": machine}
     gu.write_atomically(path, lambda file: file.write((json.dumps(result, indent=1) + "\n").encode()))
     print(f"written to {path}")
 
