@@ -26,6 +26,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import parse_qsl
@@ -104,7 +105,8 @@ def best_device() -> torch.device:
     Some installations of torch see a GPU without having kernels for it (a P100 on Kaggle): asking is not enough, so
     one small product is computed.
     """
-    for name, there in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available())):
+    cuda = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # each process of a training on several GPUs has its own
+    for name, there in ((cuda, torch.cuda.is_available()), ("mps", torch.backends.mps.is_available())):
         if there:
             try:
                 (torch.ones(8, 8, device=name) @ torch.ones(8, 8, device=name)).sum().item()
@@ -182,7 +184,8 @@ def write_atomically(path: Path, write: Callable) -> None:
             write(file)
         os.replace(partial, path)
     except WRITE_ERRORS as error:
-        raise OSError(disk_message(path, error)) from error
+        kept = "what was there before is still there" if path.exists() else "nothing was written"
+        raise disk_error(path, error, kept) from error
     finally:
         partial.unlink(missing_ok=True)
 
@@ -190,10 +193,13 @@ def write_atomically(path: Path, write: Callable) -> None:
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # what open(), torch.save and safetensors raise on a full disk
 
 
-def disk_message(path: Path, error: Exception) -> str:
-    kept = "what was there before is still there" if path.exists() else "nothing was written"
+def disk_error(path: Path, error: Exception, kept: str) -> Exception:
+    """The error to raise instead when writing failed: what happened and what is left. Other RuntimeErrors come back."""
+    if isinstance(error, RuntimeError) and "writ" not in str(error):
+        return error
     free = shutil.disk_usage(path.parent).free / 1e6
-    return f"could not write {path} ({str(error).splitlines()[0]}; {free:,.0f} MB free), {kept}. Free some space and run again"
+    reason = " ".join(str(error).split())[:200]
+    return OSError(f"could not write {path} ({reason}; {free:,.0f} MB free); {kept}. Free some space and run again")
 
 
 # --- images ----------------------------------------------------------------------------------------------------------
@@ -584,18 +590,21 @@ def load_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
     return {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in state.items()}
 
 
-def save_checkpoint(encoder: Encoder, path: str | Path, **about) -> Path:
+def save_checkpoint(encoder: Encoder, path: str | Path, /, **about) -> Path:
     """Write an encoder's weights as safetensors, and beside them a small JSON with what made them (`about`).
 
     The tensors are the whole model's, as open_clip or timm names them, plus `embedding_head.*` when there is a head:
     `load_encoder("NAME@file")` restores the encoder, and without a head `load_state_dict(strict=True)` of the plain
     model takes the file too. An earlier file is replaced only when the new one is complete (OSError otherwise).
     """
-    path = Path(path).expanduser().with_suffix(".safetensors")
-    about = {**encoder.origin, "dim": encoder.dim, "image_size": encoder.image_size} | about
+    if encoder.model is None:
+        raise ValueError(f"{encoder.name} has no weights to save")
+    path = Path(path).expanduser()
+    path = path if path.suffix == ".safetensors" else path.with_name(path.name + ".safetensors")
+    about = about | {**encoder.origin, "dim": encoder.dim, "image_size": encoder.image_size}
     metadata = {"gpnns": json.dumps(about)}
     save_weights(encoder.model, path, metadata)
-    about["load"] = f"load_encoder('{encoder.origin['encoder']}@{path.name}')"
+    about["load"] = f"load_encoder('{encoder.origin.get('encoder', encoder.name)}@{path.name}')"
     write_atomically(path.with_suffix(".json"), lambda file: file.write((json.dumps(about, indent=1) + "\n").encode()))
     return path
 
@@ -635,6 +644,8 @@ def add_head(encoder: Encoder, dim: int | None = None, before_projection: bool =
     The result has no text tower: its images no longer live where texts do.
     """
     model, tower, width = encoder.model, encoder.image_tower, encoder.dim
+    if hasattr(model, "embedding_head"):
+        raise ValueError(f"{encoder.name} already has a head; start from an encoder without one")
     if before_projection:
         visual = getattr(model, "visual", model)
         if getattr(visual, "proj", None) is None:
@@ -657,6 +668,7 @@ def add_head(encoder: Encoder, dim: int | None = None, before_projection: bool =
         def tower(batch: torch.Tensor) -> torch.Tensor:
             return model.embedding_head(before(batch))
 
+    before_projection = before_projection or encoder.origin.get("before_projection", False)
     origin = encoder.origin | {"before_projection": before_projection, "head": dim}
     return Encoder(encoder.name, encoder.preprocess, tower, None, encoder.device, model, origin)
 
@@ -1276,6 +1288,10 @@ class ArcMargin(torch.nn.Module):
         super().__init__()
         if classes < 2:
             raise ValueError(f"a margin needs at least two classes to lie between, not {classes}")
+        if np.ndim(margin) and np.shape(margin) != (classes,):
+            raise ValueError(f"margin has the shape {np.shape(margin)}; give one number, or one for each of {classes}")
+        if start is not None and np.shape(start) != (classes, dim):
+            raise ValueError(f"start has the shape {np.shape(start)}, not ({classes}, {dim})")
         self.dim, self.classes, self.scale, self.centers, self.sampled = dim, classes, scale, centers, sampled
         self.proxies = torch.nn.Parameter(torch.nn.init.xavier_uniform_(torch.empty(classes, centers * dim)))
         if start is not None:
@@ -1325,25 +1341,28 @@ def class_means(embeddings: np.ndarray, labels: np.ndarray) -> np.ndarray:
 def split_classes(images: ImageSet, share: float, seed: int = 0) -> tuple[ImageSet, ImageSet]:
     """Cut off `share` of the classes, at least two: (the rest, those). Select models on them, not on a benchmark.
 
-    Raises ValueError without labels, or when fewer than two classes would remain on a side.
+    Only classes with two images or more are cut off, because a single image has nothing to find. Raises ValueError
+    without labels, or when there are too few classes for both sides.
     """
     if images.labels is None:
         raise ValueError(
             f"{images.name} has no labels: put each class into a folder of its own, or add a column 'label'"
         )
-    classes = np.unique(images.labels)
-    number = max(2, round(share * len(classes)))
-    if len(classes) - number < 2:
+    classes, counts = np.unique(images.labels, return_counts=True)
+    measurable = classes[counts > 1]
+    number = max(2, min(round(share * len(classes)), len(measurable)))
+    if len(classes) - number < 2 or len(measurable) < 2:
         raise ValueError(
-            f"{images.name} has {len(classes)} classes; at least {number + 2} are needed, {number} of them to measure on: add classes"
+            f"{images.name} has {len(classes)} classes; at least {number + 2} are needed, {number} of them, with two images or more, to measure on: add classes"
         )
-    held = np.isin(images.labels, np.random.default_rng(seed).choice(classes, number, replace=False))
+    held = np.isin(images.labels, np.random.default_rng(seed).choice(measurable, number, replace=False))
     return images.subset(~held), images.subset(held)
 
 
 def image_to_image(encoder: Encoder, images: ImageSet) -> Score:
     """mAP of finding an image's class among all other images; classes with one image have nothing to find."""
-    encoder.model.eval()
+    if encoder.model is not None:
+        encoder.model.eval()
     embeddings = embed_images(encoder, images, cache=False)
     relevant = same_label(images.labels, images.labels)
     own = np.arange(len(images))[:, None]
@@ -1355,7 +1374,9 @@ def training_transform(encoder: Encoder, flip: float = 0.5, jitter: float = 0.4)
     taken, mirrored with probability `flip`, its brightness, contrast and saturation changed by up to `jitter`."""
     size = encoder.image_size
     square = (int(1.125 * size),) * 2
-    known = getattr(encoder.preprocess, "transforms", [])
+    known = getattr(encoder.preprocess, "transforms", None)
+    if known is None:
+        raise ValueError(f"how {encoder.name} scales its pixels is not known; write a transform for its training views")
     return transforms.Compose([
         transforms.Resize(square, transforms.InterpolationMode.BICUBIC),
         transforms.RandomCrop(size),
@@ -1379,6 +1400,12 @@ class TrainingImages(Dataset):
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def describe(self) -> bytes:
+        """All that decides what is learned: pixels or paths, labels, and how views are made."""
+        images = self.images.images
+        content = np.asarray(images).tobytes() if isinstance(images, np.ndarray) else repr(images).encode()
+        return content + self.labels.tobytes() + repr(self.transform).encode()
 
     def __getitem__(self, row: int) -> tuple[torch.Tensor, int]:
         try:
@@ -1438,27 +1465,25 @@ def drop_patches(encoder: Encoder, share: float) -> bool:
     """
     tower = getattr(encoder.model, "visual", encoder.model)
     tower = getattr(tower, "trunk", tower)
-    if hasattr(tower, "patch_dropout"):  # open_clip's ViT
-        layer = open_clip.transformer.PatchDropout(share)
-        tower.patch_dropout = layer.train(tower.training) if share else torch.nn.Identity()
-    elif hasattr(tower, "patch_drop"):  # timm's
-        layer = timm.layers.PatchDropout(share, tower.num_prefix_tokens)
-        tower.patch_drop = layer.train(tower.training) if share else torch.nn.Identity()
-    else:
+    own, layer = "patch_dropout", open_clip.transformer.PatchDropout(share)  # open_clip's ViT
+    if not hasattr(tower, own):  # timm's; some of its models (EVA) have a patch_drop of another kind
+        own, layer = "patch_drop", timm.layers.PatchDropout(share, getattr(tower, "num_prefix_tokens", 1))
+    if not isinstance(getattr(tower, own, None), (torch.nn.Identity, type(layer))):
         return False
+    setattr(tower, own, layer.train(tower.training) if share else torch.nn.Identity())
     return True
 
 
 class Repeatable(Dataset):
-    """A dataset in which an item's randomness depends on (seed, epoch, row) alone, not on workers or earlier items."""
+    """A dataset in which an item's randomness depends on (seed, draw, row) alone, not on workers or earlier items."""
 
     def __init__(self, dataset: Dataset, seed: int):
         self.dataset, self.seed = dataset, seed
 
     def __getitem__(self, key: tuple[int, int]) -> tuple:
-        epoch, row = key
+        draw, row = key
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(mix(self.seed, epoch, row))
+            torch.default_generator.manual_seed(mix(self.seed, draw, row))
             return row, self.dataset[row]
 
 
@@ -1470,7 +1495,8 @@ def mix(*numbers: int) -> int:
 def batches(
     count: int, size: int, first: int, last: int, seed: int, balance: np.ndarray | None, part: int, parts: int
 ) -> Iterator[list[tuple[int, int]]]:
-    """(epoch, row) of every image in batches number `first` to `last`: a pure function of the seed.
+    """(draw, row) of every image in batches number `first` to `last`: a pure function of the seed. The draw, mostly the
+    epoch, tells views of an image apart.
 
     balance: labels; classes are then drawn equally often, whatever their size. part, parts: one process's share.
     """
@@ -1484,7 +1510,9 @@ def batches(
         if epoch != shuffled:
             random, shuffled = np.random.default_rng([seed, epoch]), epoch
             order = random.permutation(count) if weights is None else random.choice(count, count, p=weights)
-        yield [(epoch, int(row)) for row in order[place * size : (place + 1) * size][part::parts]]
+        places = range(place * size, (place + 1) * size)[part::parts]
+        # Balanced drawing repeats images within an epoch: each time they shall look different.
+        yield [(epoch if weights is None else epoch * count + i, int(order[i])) for i in places]
 
 
 def fit(
@@ -1517,33 +1545,41 @@ def fit(
     that are not trained on; the best weights are kept, without it the last. draw: show the curves while they grow.
 
     Files go to `folder`/<a hash of settings, first weights, images and loss>: checkpoints, `log.jsonl`, best weights.
-    The same call goes on where a killed one stopped, with the same bits on a CPU, and is done at once when it was done.
+    The same call with the same first weights (seed torch before you build the proxies, build everything anew) goes on
+    where a killed one stopped, with the same bits on a CPU, and is done at once when it was done.
 
     Returns the log, also written as JSON lines: step, epoch, loss, rate, gradient, images_per_second, validation.
     Raises FloatingPointError when the loss is not finite, OSError when a checkpoint cannot be written; earlier
     checkpoints stay.
     """
-    device = best_device()
+    device = next(objective.parameters()).device
     precision = {torch.float16: "fp16", torch.bfloat16: "bf16", None: "no"}[best_precision(device)]
+    patience = accelerate.InitProcessGroupKwargs(timeout=timedelta(hours=12))  # others wait while one validates
     accelerator = accelerate.Accelerator(
-        cpu=device.type == "cpu", mixed_precision=precision, gradient_accumulation_steps=accumulate
+        cpu=device.type == "cpu",
+        mixed_precision=precision,
+        gradient_accumulation_steps=accumulate,
+        kwargs_handlers=[patience],
     )
     processes, main = accelerator.num_processes, accelerator.is_main_process
-    per_epoch = len(dataset) // (batch_size * accumulate)
-    if per_epoch == 0:
+    per_epoch = len(dataset) // batch_size / accumulate
+    if per_epoch < 1:
         raise ValueError(
             f"{len(dataset)} images do not fill one step of {accumulate} x {batch_size}; choose a smaller batch_size"
         )
     if batch_size % processes:
         raise ValueError(f"batch_size {batch_size} cannot be shared by {processes} processes; choose a multiple")
     steps = max(1, round(epochs * per_epoch))
-    validate_every, log_every = validate_every or per_epoch, max(1, steps // 100)
+    validate_every, log_every = validate_every or round(per_epoch), max(1, steps // 100)
 
     repeatable = Repeatable(dataset, seed)
     groups = [{**group, "params": list(group["params"])} for group in groups]
     optimizers = make_optimizers(objective.to(accelerator.device), groups)
-    settings = [steps, batch_size, accumulate, warmup, clip, ema, seed, validate_every, precision, balance is not None]
-    folder = Path(folder) / training_key(objective, repeatable, len(dataset), groups, settings)
+    settings = [steps, batch_size, accumulate, warmup, clip, ema, seed, validate_every, precision]
+    settings.append(None if balance is None else np.asarray(balance).tolist())
+    for value in objective.state_dict().values():
+        value.copy_(accelerate.utils.broadcast(value))  # processes may have drawn other first weights
+    folder = Path(folder) / training_key(objective, repeatable, groups, settings)
     schedules = [CosineLRScheduler(optimizer, steps, warmup_t=warmup, t_in_epochs=False) for optimizer in optimizers]
     average = ModelEmaV3(objective, decay=ema) if ema else None
     wrapped = accelerator.prepare(objective)
@@ -1580,12 +1616,14 @@ def fit(
             finite(accelerator, gradient, "gradient", step, rows, folder)
         take_step(accelerator, [optimizer.optimizer for optimizer in optimizers])
         step += 1
-        progress.update(step * batch_size * accumulate)
+        if main:
+            progress.update(step * batch_size * accumulate)
         if average:
             average.update(objective)
         checking = validate and (step % validate_every == 0 or step == steps)
         if checking or step % log_every == 0 or step == steps:
-            row = {"step": step, "epoch": step / per_epoch, "loss": float(np.mean(losses)), "gradient": gradient.item()}
+            row = {"step": step, "epoch": step / per_epoch, "loss": float(np.mean(losses))}
+            row["gradient"] = gradient.item() if torch.isfinite(gradient) else None
             row["rate"] = max(group["lr"] for optimizer in optimizers for group in optimizer.param_groups)
             row["images_per_second"] = len(losses) * batch_size / (time.time() - started)
             if checking:
@@ -1594,10 +1632,10 @@ def fit(
                     save_weights(average.module if average else objective, folder / "best.safetensors")
                 best = max(best, row["validation"])
             log.append(row)
-            losses, started = [], time.time()
             if main:
                 write_atomically(folder / "log.jsonl", lambda file: file.write(as_lines(log)))
                 picture = draw_training(log, picture) if draw else None
+            losses, started = [], time.time()
         if step % save_every == 0 or step == steps:
             save_state(accelerator, folder, step)
     if draw and main and picture is None:
@@ -1632,17 +1670,21 @@ def make_optimizers(objective: torch.nn.Module, groups: list[dict]) -> list[torc
     return optimizers
 
 
-def training_key(objective: torch.nn.Module, dataset: Repeatable, count: int, groups: list, settings: list) -> str:
-    """A hash that tells one training from another: settings, first weights, and the first images with their loss."""
+def training_key(objective: torch.nn.Module, dataset: Repeatable, groups: list, settings: list) -> str:
+    """A hash that tells one training from another: settings, first weights, images, labels, and a first loss."""
     about = [{key: value for key, value in group.items() if key != "params"} for group in groups]
-    digest = hashlib.blake2b(repr([settings, about, count, repr(objective)]).encode(), digest_size=6)
+    plain = (bool, int, float, str, tuple, type(None))  # settings that a module keeps to itself, such as dropout rates
+    modules = [{k: v for k, v in vars(m).items() if isinstance(v, plain)} for m in objective.eval().modules()]
+    digest = hashlib.blake2b(repr([settings, about, modules, repr(objective)]).encode(), digest_size=6)
     for key, tensor in objective.state_dict().items():
         digest.update(key.encode() + tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    if isinstance(dataset.dataset, TrainingImages):
+        digest.update(dataset.dataset.describe())
+    count = len(dataset.dataset)
     rows = np.linspace(0, count - 1, min(count, 8)).astype(int)
     _, batch = torch.utils.data.default_collate([dataset[0, int(row)] for row in rows])
     for part in batch:
         digest.update(part.numpy().tobytes() if isinstance(part, torch.Tensor) else repr(part).encode())
-    objective.eval()
     with torch.no_grad():
         device = next(objective.parameters()).device
         digest.update(f"{objective(*accelerate.utils.send_to_device(batch, device)).item():.3g}".encode())
@@ -1663,7 +1705,7 @@ def finite(accelerator, value: torch.Tensor, what: str, step: int, rows: torch.T
     if not np.isfinite(values).all():
         good = sorted(folder.glob("step_*"))
         raise FloatingPointError(
-            f"the {what} became {values} at step {step + 1}, with the batch of rows {rows.tolist()}. Look at those images, or lower the rates. "
+            f"the {what} became {values} at step {step + 1}, with the batch of rows {accelerate.utils.gather_object(rows.tolist())}. Look at those images, or lower the rates. "
             + (f"The last good checkpoint is {good[-1]}" if good else "No checkpoint had been written yet")
         )
     return float(np.mean(values))
@@ -1672,14 +1714,22 @@ def finite(accelerator, value: torch.Tensor, what: str, step: int, rows: torch.T
 def clip_gradients(accelerator, objective: torch.nn.Module, clip: float) -> torch.Tensor:
     """Scale the gradient of each child of the objective down to the norm `clip`; the largest norm there was."""
     for value in objective.parameters():
-        if value.grad is not None and value.grad.is_sparse and accelerator.num_processes > 1:
+        if value.grad is not None and value.grad.is_sparse:
             gradient = value.grad.coalesce()  # every process drew the same rows
             mean = accelerator.reduce(gradient.values(), "mean")
-            value.grad = torch.sparse_coo_tensor(gradient.indices(), mean, gradient.shape, is_coalesced=True)
+            value.grad = torch.sparse_coo_tensor(
+                gradient.indices(), mean, gradient.shape, is_coalesced=True, check_invariants=False
+            )
     accelerator.unscale_gradients()
-    parts = [child.parameters() for child in objective.children()] + [objective.parameters(recurse=False)]
-    dense = [[v for v in part if v.grad is not None and not v.grad.is_sparse] for part in parts]
-    return torch.stack([torch.nn.utils.clip_grad_norm_(values, clip) for values in dense if values]).max()
+    norms = []
+    for part in [child.parameters() for child in objective.children()] + [objective.parameters(recurse=False)]:
+        gradients = [value.grad for value in part if value.grad is not None]
+        gradients = [gradient._values() if gradient.is_sparse else gradient for gradient in gradients]
+        if gradients:  # torch's own clip_grad_norm_ knows no sparse gradients
+            norms.append(torch.stack([gradient.norm() for gradient in gradients]).norm())
+            for gradient in gradients:
+                gradient.mul_((clip / (norms[-1] + 1e-6)).clamp(max=1))
+    return torch.stack(norms).max()
 
 
 def take_step(accelerator, optimizers: list[torch.optim.Optimizer]) -> None:
@@ -1701,10 +1751,12 @@ def validated(
     objective.eval()
     if average:
         exchange(objective, average.module)
-    value = [validate() if accelerator.is_main_process else None]
+    try:
+        value = [validate() if accelerator.is_main_process else None]
+    finally:
+        if average:
+            exchange(objective, average.module)
     accelerate.utils.broadcast_object_list(value)
-    if average:
-        exchange(objective, average.module)
     set_training(objective)
     if not np.isfinite(value[0]):
         raise ValueError("validation gave no score; at least two classes with two images each are needed to measure on")
@@ -1734,7 +1786,8 @@ def save_state(accelerator, folder: Path, step: int) -> None:
                 shutil.rmtree(old)
     except WRITE_ERRORS as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise OSError(disk_message(final, error)) from error
+        good = sorted(folder.glob("step_*"))
+        raise disk_error(final, error, f"{good[-1]} is intact" if good else "there is no earlier one") from error
     accelerator.wait_for_everyone()
 
 

@@ -264,6 +264,13 @@ def test_anyones_folder_is_fine_tuned_with_every_loss_and_a_head(shapes, tmp_pat
 
 
 @pytest.mark.notebook
+def test_classes_that_are_trained_on_are_not_measured_on(shapes, tmp_path, results, cache):
+    parameters = {"profile": results[0], "train_images": str(shapes), "test_images": str(shapes)}
+    with pytest.raises(pm.PapermillExecutionError, match="classes are trained on and measured on, for example class"):
+        execute(FOLDER / "03_finetune_arcmargin.ipynb", tmp_path / "o.ipynb", parameters, gu.HERE)
+
+
+@pytest.mark.notebook
 @pytest.mark.parametrize(("kept", "message"), [(1, "has 1 classes"), (3, "has 3 classes; at least 4 are needed")])
 def test_too_few_classes_to_learn_from_and_measure_on_are_refused(shapes, tmp_path, results, cache, kept, message):
     for folder in sorted(shapes.iterdir())[kept:]:

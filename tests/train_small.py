@@ -62,7 +62,7 @@ class Objective(torch.nn.Module):
 
 if arguments.bfloat16:
     gu.best_precision = lambda device: torch.bfloat16
-torch.manual_seed(0)
+torch.manual_seed(int(os.environ.get("RANK", 0)))  # `fit` gives all processes the first one's weights
 torch.set_num_threads(1)
 objective, dataset = Objective(), Points()
 if arguments.kill_while_saving:
