@@ -1309,8 +1309,9 @@ class ArcMargin(torch.nn.Module):
             if self.sampled and self.training:
                 rows, labels = self.draw(labels)
                 proxies = F.embedding(rows, proxies, sparse=True)
-            directions = F.normalize(proxies.reshape(-1, self.dim))
-            logits = F.linear(self.scale * F.normalize(embeddings.float()), directions)
+            proxies = proxies.reshape(-1, self.dim)
+            logits = F.linear(self.scale * F.normalize(embeddings.float()), proxies)
+            logits = logits / proxies.norm(dim=1).clamp_min(1e-12)  # cheaper than making every proxy a unit vector
             if self.centers > 1:
                 logits = logits.view(len(logits), -1, self.centers).max(dim=2).values
             own = torch.arange(len(labels), device=labels.device), labels
