@@ -183,20 +183,15 @@ def write_atomically(path: Path, write: Callable) -> None:
         with open(partial, "wb") as file:
             write(file)
         os.replace(partial, path)
-    except WRITE_ERRORS as error:
+    except OSError as error:
         kept = "what was there before is still there" if path.exists() else "nothing was written"
         raise disk_error(path, error, kept) from error
     finally:
         partial.unlink(missing_ok=True)
 
 
-WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # what open(), torch.save and safetensors raise on a full disk
-
-
-def disk_error(path: Path, error: Exception, kept: str) -> Exception:
-    """The error to raise instead when writing failed: what happened and what is left. Other RuntimeErrors come back."""
-    if isinstance(error, RuntimeError) and "writ" not in str(error):
-        return error
+def disk_error(path: Path, error: Exception, kept: str) -> OSError:
+    """The error to raise instead when writing failed: what happened and what is left."""
     free = shutil.disk_usage(path.parent).free / 1e6
     reason = " ".join(str(error).split())[:200]
     return OSError(f"could not write {path} ({reason}; {free:,.0f} MB free); {kept}. Free some space and run again")
@@ -361,6 +356,7 @@ class Encoder:
     device: torch.device = torch.device("cpu")
     model: torch.nn.Module | None = None  # the whole model, both towers, when there is one
     origin: dict = field(default_factory=dict)  # how to build it again: its name, and what `add_head` changed
+    tokenizer: Callable[[list[str]], torch.Tensor] | None = None  # strings -> int64 (b, context), for training on text
     image_size: int = field(init=False)
     dim: int = field(init=False)
 
@@ -378,24 +374,37 @@ class Encoder:
         with torch.inference_mode():
             return tower(batch.to(self.device) if isinstance(batch, torch.Tensor) else batch).float().cpu().numpy()
 
-    def fingerprint(self) -> str:
-        """A hash that changes with the weights, the layers, the preprocessing, or what the towers do with a probe.
+    def fingerprint(self, of: str = "images") -> str:
+        """A hash of what decides the embeddings of "images" or "texts": weights, layers, preprocessing, a probe's output.
 
         It is the encoder's part of the cache key, taken anew on each use, because training changes weights in place.
+        Where a model has two towers each has its own: new text weights leave cached image embeddings valid.
         """
-        digest = hashlib.blake2b(self.probe().numpy().tobytes(), digest_size=12)
+        digest = hashlib.blake2b(self.probe().numpy().tobytes() + of.encode(), digest_size=12)
         whole = self.model if self.model is not None else self.image_tower
         if isinstance(whole, torch.nn.Module):
+            visual = getattr(whole, "visual", None) if self.text_tower is not None else None
             digest.update(repr(whole).encode())
-            for key, tensor in whole.state_dict().items():
-                digest.update(key.encode() + tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-        outputs = [self.features(self.image_tower, self.probe()[None])]
-        if self.text_tower is not None:
-            outputs.append(self.features(self.text_tower, ["two red flowers and a blue vase, 37 of 64"]))
-        for output in outputs:  # coarsely rounded: the last bits depend on the number of threads
-            output = np.nan_to_num(output, posinf=1, neginf=-1)
-            digest.update((np.round(output / max(np.abs(output).mean(), 1e-9), 1) + 0.0).tobytes())
+            if of == "images":
+                digest.update(weights_digest(whole if visual is None else visual))
+            else:
+                digest.update(weights_digest(whole, without="visual."))
+        if of == "images":
+            output = self.features(self.image_tower, self.probe()[None])
+        else:
+            output = self.features(self.text_tower, ["two red flowers and a blue vase, 37 of 64"])
+        output = np.nan_to_num(output, posinf=1, neginf=-1)  # coarsely rounded: last bits depend on the thread count
+        digest.update((np.round(output / max(np.abs(output).mean(), 1e-9), 1) + 0.0).tobytes())
         return digest.hexdigest()
+
+
+def weights_digest(module: torch.nn.Module, without: str | None = None) -> bytes:
+    """A hash of all tensors of a module, with their names, except those whose name begins with `without`."""
+    digest = hashlib.blake2b(digest_size=16)
+    for key, tensor in module.state_dict().items():
+        if without is None or not key.startswith(without):
+            digest.update(key.encode() + tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.digest()
 
 
 def load_encoder(spec: str, device: torch.device | str | None = None) -> Encoder:
@@ -479,6 +488,7 @@ def build_open_clip(spec: str, name: str, state: dict | None, device: torch.devi
         settings = {f"image_{key}": known.get(key) for key in ("mean", "std", "interpolation", "resize_mode")}
     try:
         with quiet_open_clip():
+            tokenizer = open_clip.get_tokenizer(architecture)
             model, _, preprocess = open_clip.create_model_and_transforms(
                 architecture,
                 pretrained=tag if tag and state is None else None,
@@ -486,7 +496,10 @@ def build_open_clip(spec: str, name: str, state: dict | None, device: torch.devi
                 force_quick_gelu=quick_gelu,
                 **settings,
             )
-            tokenizer = open_clip.get_tokenizer(architecture)
+    except ImportError as error:  # tokenizers of SigLIP and others come from there
+        raise ImportError(
+            f"{spec!r} needs one more package ({error}): pip install transformers sentencepiece"
+        ) from error
     except (OSError, RuntimeError) as error:
         raise OSError(offline_message(spec, error)) from error
     return clip_encoder(spec, model, preprocess, tokenizer, state, device)
@@ -501,7 +514,7 @@ def clip_encoder(spec, model, preprocess, tokenizer, state: dict | None, device:
     def text_tower(texts: list[str]) -> torch.Tensor:
         return model.encode_text(tokenizer(texts).to(device))
 
-    return Encoder(spec, preprocess, model.encode_image, text_tower, device, model)
+    return Encoder(spec, preprocess, model.encode_image, text_tower, device, model, tokenizer=tokenizer)
 
 
 def build_timm(spec: str, name: str, state: dict | None, device: torch.device) -> Encoder:
@@ -631,10 +644,10 @@ class EmbeddingHead(torch.nn.Module):
         self.linear, self.dropout, self.samples = torch.nn.Linear(width, dim, bias=False), dropout, samples
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        if not self.training:
-            return self.linear(features)
-        features = F.dropout(features, self.dropout)
-        return torch.stack([self.linear(F.dropout(features, share)) for share in self.samples]).mean(0)
+        if self.training:  # a linear map of the mean is the mean of the maps, and is computed once
+            features = F.dropout(features, self.dropout)
+            features = torch.stack([F.dropout(features, share) for share in self.samples]).mean(0)
+        return self.linear(features)
 
 
 def add_head(encoder: Encoder, dim: int | None = None, before_projection: bool = False) -> Encoder:
@@ -644,6 +657,8 @@ def add_head(encoder: Encoder, dim: int | None = None, before_projection: bool =
     The result has no text tower: its images no longer live where texts do.
     """
     model, tower, width = encoder.model, encoder.image_tower, encoder.dim
+    if model is None:
+        raise ValueError(f"{encoder.name} has no weights, so a head cannot be trained with it")
     if hasattr(model, "embedding_head"):
         raise ValueError(f"{encoder.name} already has a head; start from an encoder without one")
     if before_projection:
@@ -661,8 +676,6 @@ def add_head(encoder: Encoder, dim: int | None = None, before_projection: bool =
 
     before = tower
     if dim:
-        if model is None:
-            raise ValueError(f"{encoder.name} has no weights, so a head cannot be trained with it")
         model.embedding_head = EmbeddingHead(width, dim).to(encoder.device).train(model.training)
 
         def tower(batch: torch.Tensor) -> torch.Tensor:
@@ -772,9 +785,7 @@ def embed_images(
         label = f"embedding {images.name} with {encoder.name}"
         embeddings = embed_in_shards(encoder, digests, batch_size, compute, label, "images")
     else:
-        starts = range(0, len(images), batch_size)
-        rows = [list(range(start, min(start + batch_size, len(images)))) for start in starts]
-        embeddings = np.concatenate(list(compute(rows)))
+        embeddings = np.concatenate(list(compute(consecutive(len(images), batch_size))))
     unreadable = np.flatnonzero(np.isnan(embeddings[:, 0]))
     if len(unreadable):
         drop_unreadable(images, unreadable)
@@ -782,7 +793,7 @@ def embed_images(
     return embeddings
 
 
-def embed_texts(encoder: Encoder, texts: Sequence[str], batch_size: int = 256) -> np.ndarray:
+def embed_texts(encoder: Encoder, texts: Sequence[str], batch_size: int = 256, cache: bool = True) -> np.ndarray:
     """Embed texts into the encoder's joint space: float32 (n, d), unit rows; cached like images.
 
     Raises ValueError for an encoder without a text tower.
@@ -791,13 +802,20 @@ def embed_texts(encoder: Encoder, texts: Sequence[str], batch_size: int = 256) -
         raise ValueError(f"{encoder.name} encodes images only; for text, choose mini or an open_clip: encoder")
     if len(texts) == 0 or isinstance(texts, str):
         raise ValueError(f"texts must be a list of at least one string, not {texts!r}")
-    digests = [hashlib.blake2b(text.encode(), digest_size=16).digest() for text in texts]
 
     def compute(rows: list[list[int]]):
         for batch in rows:
             yield run_tower(encoder, encoder.text_tower, [texts[i] for i in batch])
 
+    if not cache:
+        return np.concatenate(list(compute(consecutive(len(texts), batch_size))))
+    digests = [hashlib.blake2b(text.encode(), digest_size=16).digest() for text in texts]
     return embed_in_shards(encoder, digests, batch_size, compute, f"embedding texts with {encoder.name}", "texts")
+
+
+def consecutive(count: int, size: int) -> list[list[int]]:
+    """The rows 0 to count - 1 in batches of `size`."""
+    return [list(range(start, min(start + size, count))) for start in range(0, count, size)]
 
 
 def decoders(images: ImageSet) -> int:
@@ -818,7 +836,7 @@ def embed_in_shards(
 ) -> np.ndarray:
     """Read the shards that the cache holds, compute and save the others; `compute` yields one array per batch of rows."""
     precision = str(best_precision(encoder.device) or torch.float32).removeprefix("torch.")
-    folder = cache_folder() / "embeddings" / f"{encoder.fingerprint()}-{precision}-{unit}"
+    folder = cache_folder() / "embeddings" / f"{encoder.fingerprint(unit)}-{precision}-{unit}"
     starts = range(0, len(digests), SHARD)
     paths = {
         start: folder / f"{hashlib.blake2b(b''.join(digests[start : start + SHARD]), digest_size=16).hexdigest()}.npy"
@@ -1600,7 +1618,7 @@ def fit(
         workers = decoders(dataset.images) if isinstance(dataset, TrainingImages) else 0
     loader = DataLoader(repeatable, batch_sampler=share, num_workers=workers)
     progress = Progress(steps * batch_size * accumulate, "training", done=step * batch_size * accumulate)
-    picture, losses, started = None, [], time.time()
+    picture, drawn, losses, started = None, 0.0, [], time.time()
     set_training(objective)
     for number, (rows, batch) in enumerate(loader, first):
         for schedule in schedules:
@@ -1635,12 +1653,13 @@ def fit(
             log.append(row)
             if main:
                 write_atomically(folder / "log.jsonl", lambda file: file.write(as_lines(log)))
-                picture = draw_training(log, picture) if draw else None
+                if draw and time.time() - drawn > 5:  # a figure takes as long as a step or two
+                    picture, drawn = draw_training(log, picture), time.time()
             losses, started = [], time.time()
         if step % save_every == 0 or step == steps:
             save_state(accelerator, folder, step)
-    if draw and main and picture is None:
-        draw_training(log, None)
+    if draw and main:
+        draw_training(log, picture)
     accelerator.wait_for_everyone()
     accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
     accelerator.free_memory()
@@ -1673,13 +1692,13 @@ def make_optimizers(objective: torch.nn.Module, groups: list[dict]) -> list[torc
 
 def training_key(objective: torch.nn.Module, dataset: Repeatable, groups: list, settings: list) -> str:
     """A hash that tells one training from another: settings, first weights, images, labels, and a first loss."""
-    about = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+    names = {id(value): name for name, value in objective.named_parameters()}
+    about = [group | {"params": [names.get(id(value)) for value in group["params"]]} for group in groups]
     plain = (bool, int, float, str, tuple, type(None))  # settings that a module keeps to itself, such as dropout rates
     modules = [{k: v for k, v in vars(m).items() if isinstance(v, plain)} for m in objective.eval().modules()]
     digest = hashlib.blake2b(repr([settings, about, modules, repr(objective)]).encode(), digest_size=6)
-    for key, tensor in objective.state_dict().items():
-        digest.update(key.encode() + tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-    if isinstance(dataset.dataset, TrainingImages):
+    digest.update(weights_digest(objective))
+    if hasattr(dataset.dataset, "describe"):
         digest.update(dataset.dataset.describe())
     count = len(dataset.dataset)
     rows = np.linspace(0, count - 1, min(count, 8)).astype(int)
@@ -1785,7 +1804,9 @@ def save_state(accelerator, folder: Path, step: int) -> None:
             partial.rename(final)
             for old in sorted(folder.glob("step_*"))[:-1]:
                 shutil.rmtree(old)
-    except WRITE_ERRORS as error:
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save and safetensors have errors of their own
+        if isinstance(error, RuntimeError) and "writ" not in str(error):
+            raise  # not the disk's fault
         shutil.rmtree(partial, ignore_errors=True)
         good = sorted(folder.glob("step_*"))
         raise disk_error(final, error, f"{good[-1]} is intact" if good else "there is no earlier one") from error

@@ -20,7 +20,7 @@ from conftest import lift, unit
 from hypothesis import given
 from hypothesis import strategies as st
 from pytorch_metric_learning.losses import ArcFaceLoss, CosFaceLoss, ProxyAnchorLoss, SubCenterArcFaceLoss
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import gpnns_utils as gu
 
@@ -28,6 +28,14 @@ import gpnns_utils as gu
 def tensors(seed=0, n=32, d=16, classes=10):
     rng = np.random.default_rng(seed)
     return torch.from_numpy(unit(rng, n, d)).requires_grad_(), torch.from_numpy(rng.integers(0, classes, n))
+
+
+@pytest.fixture(scope="session")
+def resnet(tmp_path_factory):
+    """The name of a small convolutional encoder with random weights in a file."""
+    path = tmp_path_factory.mktemp("resnet") / "resnet.safetensors"
+    save_file(timm.create_model("resnet10t", num_classes=0).state_dict(), path)
+    return f"timm:resnet10t@{path}"
 
 
 # --- the margin ---
@@ -277,7 +285,7 @@ def test_balanced_batches_draw_classes_equally_often():
 # --- heads, parameters, checkpoints ---
 
 
-def test_before_projection_the_embedding_is_what_clip_would_project():
+def test_before_projection_the_embedding_is_what_clip_would_project(resnet):
     encoder = gu.load_encoder("random")
     before = gu.add_head(encoder, before_projection=True)
     batch = torch.randn(4, 3, 48, 48)
@@ -291,18 +299,7 @@ def test_before_projection_the_embedding_is_what_clip_would_project():
     with pytest.raises(ValueError, match="already has a head"):
         gu.add_head(both, 4)
     with pytest.raises(ValueError, match="no projection"):
-        gu.add_head(gu.load_encoder("timm:resnet10t@" + resnet_file()), before_projection=True)
-
-
-def resnet_file(made={}):  # noqa: B006 - made once
-    import tempfile
-
-    from safetensors.torch import save_file
-
-    if not made:
-        made["path"] = str(Path(tempfile.mkdtemp()) / "resnet.safetensors")
-        save_file(timm.create_model("resnet10t", num_classes=0).state_dict(), made["path"])
-    return made["path"]
+        gu.add_head(gu.load_encoder(resnet), before_projection=True)
 
 
 def test_multi_sample_dropout_is_the_plain_linear_map_once_training_is_over():
@@ -333,7 +330,7 @@ def test_rates_fall_with_depth_and_every_parameter_of_the_image_tower_is_in_one_
     assert flat == {id(value) for value in names.values() if value.ndim <= 1}
 
 
-def test_patches_are_dropped_in_training_only_and_only_where_there_are_any():
+def test_patches_are_dropped_in_training_only_and_only_where_there_are_any(resnet):
     encoder = gu.load_encoder("random")
     batch = torch.randn(2, 3, 48, 48)
     before = encoder.features(encoder.image_tower, batch)
@@ -341,7 +338,7 @@ def test_patches_are_dropped_in_training_only_and_only_where_there_are_any():
     assert np.array_equal(encoder.features(encoder.image_tower, batch), before)
     encoder.model.train()
     assert not np.allclose(encoder.features(encoder.image_tower, batch), before)
-    assert not gu.drop_patches(gu.load_encoder("timm:resnet10t@" + resnet_file()), 0.5)
+    assert not gu.drop_patches(gu.load_encoder(resnet), 0.5)
 
 
 def test_towers_of_other_kinds_are_trained_without_tricks_that_they_do_not_know():
@@ -356,8 +353,8 @@ def test_towers_of_other_kinds_are_trained_without_tricks_that_they_do_not_know(
     assert eva.train()(torch.randn(2, 3, 28, 28)).shape == (2, 192)
 
 
-def test_image_parameters_know_timm_models_and_heads():
-    encoder = gu.load_encoder("timm:resnet10t@" + resnet_file())
+def test_image_parameters_know_timm_models_and_heads(resnet):
+    encoder = gu.load_encoder(resnet)
     groups = gu.image_parameters(encoder, 1e-3, layer_decay=0.5)
     scale = {id(value): group["lr_scale"] for group in groups for value in group["params"]}
     names = dict(encoder.model.named_parameters())
@@ -525,10 +522,14 @@ def test_whatever_decides_what_is_learned_makes_another_training(tmp_path, folde
             settings["balance"] = photos.labels
         data = gu.TrainingImages(photos, gu.training_transform(encoder, flip))
         objective = gu.ImageObjective(encoder, gu.ArcMargin(encoder.dim, 3))
-        gu.fit(objective, data, tmp_path / "runs", gu.image_parameters(encoder, 1e-4), **settings)
+        groups = gu.image_parameters(encoder, 1e-4)
+        if change == "fewer":
+            groups = [group | {"params": group["params"][1:]} for group in groups]
+        gu.fit(objective, data, tmp_path / "runs", groups, **settings)
         return len(list((tmp_path / "runs").iterdir()))
 
-    assert [train(change) for change in ("", "patches", "labels", "view", "balance", "")] == [1, 2, 3, 4, 5, 5]
+    changes = ("", "patches", "labels", "view", "balance", "fewer", "")
+    assert [train(change) for change in changes] == [1, 2, 3, 4, 5, 6, 6]
 
 
 def test_training_in_stages_is_calling_fit_twice(tmp_path):
