@@ -31,6 +31,7 @@ SPLITS = {
     "validation": (2, 20, 10),
     "test": (3, 40, 10),
     "shifted": (3, 40, 10),
+    "bank": (4, 600, 4),  # pairs that no pre-training saw; last: views depend on a split's place in this list
 }
 SIZE = 64  # pixels; drawn three times larger and averaged, which smooths the edges
 VERSION = 2  # part of the cache's name: raise it when a drawing changes

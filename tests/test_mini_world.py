@@ -26,7 +26,7 @@ def test_an_image_can_be_drawn_again_on_its_own(world):
 @pytest.mark.parametrize("domain", mini_world.DOMAINS)
 def test_no_two_splits_share_a_class(domain):
     seen = {}
-    for split in ("pairs", "train", "validation", "test"):
+    for split in ("pairs", "train", "validation", "test", "bank"):
         for number in range(mini_world.SPLITS[split][1]):
             key = repr(mini_world.class_parameters(split, domain, number))
             assert key not in seen, (split, number, seen.get(key))

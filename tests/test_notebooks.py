@@ -34,7 +34,12 @@ def lines(cell):
 
 
 def test_the_course_has_its_notebooks():
-    assert ids[:3] == ["01_search_images", "02_benchmark_encoders", "03_finetune_arcmargin"]
+    assert ids[:4] == [
+        "01_search_images",
+        "02_benchmark_encoders",
+        "03_finetune_arcmargin",
+        "04_realign_text_mcip",
+    ]
 
 
 @pytest.mark.parametrize("path", PATHS, ids=ids)
@@ -110,7 +115,7 @@ def test_links_between_notebooks_lead_somewhere():
 # --- execution ---
 
 # Parameters of the tests that run every notebook; the training that is the default runs once, below.
-QUICK = {"03_finetune_arcmargin": {"train": "none"}}
+QUICK = {"03_finetune_arcmargin": {"train": "none"}, "04_realign_text_mcip": {"train": "none"}}
 
 
 def execute(path, output, parameters, cwd):
@@ -232,6 +237,31 @@ def test_fine_tuning_gains_ten_points_on_unseen_classes_in_every_domain_and_cost
     assert "nan" not in text_of(notebook)
 
 
+@pytest.mark.notebook
+def test_text_lost_by_images_alone_is_won_back_by_realignment_and_less_is_lost_with_captions(tmp_path, results):
+    profile, out = results
+    notebook = execute(FOLDER / "04_realign_text_mcip.ipynb", tmp_path / "o.ipynb", {"profile": profile}, gu.HERE)
+    rows = json.loads((out / "04_realign_text_mcip.json").read_text())["rows"]
+    scores = {(row["model"], row["task"], row["metric"]): row["value"] for row in rows}
+    assert {row["seeds"] for row in rows if row["model"] in ("image-only", "2sft", "mcip", "mcip+realigned")} == {3}
+
+    def gain(model, task, metric, over="mini"):
+        return scores[model, task, metric] - scores[over, task, metric]
+
+    images, texts = ("image_to_image", "mAP"), ("text_to_image", "mAP")
+    assert gain("image-only", *images) > 10 and gain("image-only", *texts) < -2
+    assert gain("2sft", *images, over="image-only") == 0 and gain("2sft", *texts, over="image-only") > 2
+    assert gain("mcip", *images, over="image-only") > -1.5 and gain("mcip", *texts, over="image-only") > 0
+    for realigned in ("2sft", "mcip+realigned"):
+        assert gain(realigned, "text_to_image", "R@1") > 0 and gain(realigned, "zero_shot", "accuracy") > 0
+    for training, tasks in (("04_training", 3), ("04_realign", 4)):
+        logs = [path.read_text().splitlines() for path in out.glob(f"{training}/*/log.jsonl")]
+        assert logs and all(sum("validation" in line for line in log) == tasks for log in logs), "this run trained"
+    for name in ("04_mcip", "04_mcip_realigned"):
+        assert gu.load_encoder(f"mini@{out}/{name}.safetensors").text_tower is not None
+    assert "nan" not in text_of(notebook)
+
+
 @pytest.fixture
 def shapes(tmp_path):
     """Ten classes of six pictures: a colored square each, at a random place."""
@@ -261,6 +291,63 @@ def test_anyones_folder_is_fine_tuned_with_every_loss_and_a_head(shapes, tmp_pat
     assert encoder.dim == 16 and encoder.text_tower is None
     rows = json.loads((out / "03_finetune_arcmargin.json").read_text())["rows"]
     assert {"softmax", "cosface", "proxyanchor", "subcenters", "thinned, adaptive"} <= {row["model"] for row in rows}
+
+
+@pytest.fixture
+def captioned_shapes(shapes, tmp_path):
+    """The shapes with captions for each class, and a bank in which one caption is far too long."""
+    captions = {folder.name: ["a square", f"a {folder.name} square"] for folder in sorted(shapes.iterdir())}
+    captions.pop("class 7")  # then its name is the query
+    captions["class 8"].append(" ")
+    (shapes / "captions.json").write_text(json.dumps(captions))
+    lines = [text for texts in captions.values() for text in texts] + ["a red vase " * 30, "", "a face with black hair"]
+    (tmp_path / "bank.txt").write_text("\n".join(lines), encoding="utf-8")
+    own = {"train_images": str(shapes), "pair_images": str(shapes), "bank": str(tmp_path / "bank.txt")}
+    return own | {"batch_size": 16, "realign_batch": 16, "text_chunk": 6, "epochs": 2, "realign_epochs": 1}
+
+
+@pytest.mark.notebook
+@pytest.mark.parametrize("kind", ["txt", "csv, found by another encoder"])
+def test_anyones_folder_and_captions_are_realigned(captioned_shapes, tmp_path, results, cache, kind):
+    profile, out = results
+    mine = captioned_shapes | {"profile": profile, "threshold": -1.0}
+    if kind != "txt":
+        lines = (tmp_path / "bank.txt").read_text().splitlines()
+        (tmp_path / "bank.csv").write_text("caption\n" + "\n".join(line for line in lines if line))
+        mine |= {"bank": str(tmp_path / "bank.csv"), "captioner": "random"}
+    notebook = execute(FOLDER / "04_realign_text_mcip.ipynb", tmp_path / "o.ipynb", mine, gu.HERE)
+    assert "'cut': 1" in text_of(notebook)
+    rows = json.loads((out / "04_realign_text_mcip.json").read_text())["rows"]
+    assert {"mini", "image-only", "2sft", "mcip", "mcip+realigned"} == {row["model"] for row in rows}
+
+
+@pytest.mark.notebook
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bank": "no/such.txt"}, "no captions at"),
+        ({"bank": "EMPTY"}, "holds no captions: put one on each line"),
+        ({"threshold": 0.99}, "no caption lies above 0.99; the nearest is at"),
+        ({"encoder": "pixels"}, "pixels encodes images only"),
+        ({"captioner": "pixels"}, "pixels has no text tower to find captions with"),
+        (
+            {"pair_images": "PLAIN"},
+            "photos has no captions for images outside test and validation: add a captions.json",
+        ),
+        ({"pair_images": "mini"}, "own train_images need a bank and pair_images of their own"),
+        ({"recipe": "paper"}, "'paper' is none of mini, mcip"),
+        ({"train": "none"}, "nothing shipped to load"),
+    ],
+)
+def test_what_a_realignment_cannot_use_is_refused_with_a_remedy(
+    captioned_shapes, folder, tmp_path, results, cache, change, message
+):
+    (tmp_path / "empty.txt").write_text("\n  \n")
+    places = {"EMPTY": str(tmp_path / "empty.txt"), "PLAIN": str(folder)}
+    change = {key: places.get(value, value) for key, value in change.items()}
+    quick = {"epochs": 1, "realign_epochs": 1, "profile": results[0]}
+    with pytest.raises(pm.PapermillExecutionError, match=message):
+        execute(FOLDER / "04_realign_text_mcip.ipynb", tmp_path / "o.ipynb", captioned_shapes | quick | change, gu.HERE)
 
 
 @pytest.mark.notebook

@@ -1,0 +1,443 @@
+"""Text that still fits: what notebook 04 defines, against other libraries, by hand, and on broken input."""
+
+import io
+import json
+import math
+import tarfile
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import lift, unit
+from hypothesis import given
+from hypothesis import strategies as st
+from open_clip.loss import ClipLoss
+from pytorch_metric_learning.losses import ArcFaceLoss
+from safetensors.torch import load_file
+
+import gpnns_utils as gu
+
+nb = lift("04")
+
+
+def rows_of(n, d, seed=0):
+    return torch.from_numpy(unit(np.random.default_rng(seed), n, d))
+
+
+# --- the loss of MCIP ---
+
+
+def test_with_one_caption_each_and_no_last_term_the_caption_loss_is_arcface_on_fixed_proxies():
+    images, captions = rows_of(12, 16).requires_grad_(), rows_of(30, 16, 1)
+    labels = torch.from_numpy(np.random.default_rng(2).integers(0, 30, 12))
+    theirs = ArcFaceLoss(num_classes=30, embedding_size=16, margin=math.degrees(0.1), scale=30)
+    theirs.W.data = captions.T.clone()
+    ours = nb.multi_caption_loss(images, captions, F.one_hot(labels, 30).bool(), 30.0, 0.1, worst=0.0)
+    expected = theirs(images, labels)
+    assert ours.item() == pytest.approx(expected.item(), rel=1e-5)
+    mine, other = (torch.autograd.grad(value, images)[0] for value in (ours, expected))
+    assert torch.allclose(mine, other, atol=1e-5)
+
+
+def test_without_margin_and_last_term_the_caption_loss_is_cross_entropy_with_equal_shares():
+    images, captions = rows_of(8, 16), rows_of(20, 16, 1)
+    own = torch.from_numpy(np.random.default_rng(3).random((8, 20)) < 0.3)
+    own[:, 0] = True
+    expected = F.cross_entropy(12 * images @ captions.T, own / own.sum(1, keepdim=True))
+    assert nb.multi_caption_loss(images, captions, own, 12.0, 0.0, 0.0).item() == pytest.approx(
+        expected.item(), rel=1e-5
+    )
+
+
+@given(st.integers(1, 6), st.integers(1, 9), st.floats(0, 0.5), st.floats(1, 40), st.integers(0, 1000))
+def test_the_caption_loss_of_a_batch_is_the_mean_of_the_open_version(n, m, margin, scale, seed):
+    rng = np.random.default_rng(seed)
+    images, captions = torch.from_numpy(unit(rng, n, 8)), torch.from_numpy(unit(rng, m, 8))
+    own = torch.from_numpy(rng.random((n, m)) < 0.5)
+    own[np.arange(n), rng.integers(0, m, n)] = True
+    # far from the own caption both follow the branch of ArcMargin that goes on downwards: the open version has none
+    cosines = images.double() @ captions.double().T
+    own &= (cosines > -0.85) | (own.sum(1, keepdim=True) == 1)
+    if not own.any(1).all() or (cosines[own] <= -0.85).any():
+        return
+    expected = np.mean([
+        nb.caption_loss_by_hand(image, captions, row.nonzero()[:, 0].tolist(), scale, margin)
+        for image, row in zip(images, own, strict=True)
+    ])  # fmt: skip
+    assert nb.multi_caption_loss(images, captions, own, scale, margin).item() == pytest.approx(
+        expected, rel=1e-3, abs=1e-3
+    )
+
+
+def test_an_image_without_captions_has_only_the_last_term_and_a_batch_without_any_has_no_loss():
+    images, captions = rows_of(2, 8).requires_grad_(), rows_of(5, 8, 1)
+    own = torch.zeros(2, 5, dtype=torch.bool)
+    surprise = -F.log_softmax(30 * images @ captions.T, dim=1)
+    assert nb.multi_caption_loss(images, captions, own).item() == pytest.approx(
+        0.1 * surprise.amax(1).mean().item(), rel=1e-5
+    )
+    nothing = nb.multi_caption_loss(images, captions[:0], own[:, :0])
+    nothing.backward()
+    assert nothing.item() == 0 and not images.grad.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_caption_loss_is_finite_where_image_and_caption_coincide(dtype):
+    captions = torch.eye(4)
+    images = torch.cat([captions[:2], -captions[:2]]).to(dtype).requires_grad_()
+    loss = nb.multi_caption_loss(images, captions, torch.eye(4).bool())
+    loss.backward()
+    assert loss.dtype == torch.float32 and torch.isfinite(loss) and torch.isfinite(images.grad).all()
+
+
+@given(st.integers(1, 6), st.integers(1, 5), st.integers(0, 1000))
+def test_captions_of_a_batch_are_counted_whatever_rule_repetitions_follow(n, top, seed):
+    rng = np.random.default_rng(seed)
+    rows = np.stack([rng.permutation(8)[:top] for _ in range(n)])
+    rows[rng.random(rows.shape) < 0.4] = -1
+    counts = (rows >= 0).sum(axis=1)
+    for rule in ("positives", "negatives"):
+        columns, own = nb.batch_captions(torch.from_numpy(rows), rule)
+        assert own.sum(1).tolist() == counts.tolist()
+        assert own.shape == (n, len(columns))
+        for image, mine in zip(rows, own, strict=True):
+            assert sorted(columns[mine].tolist()) == sorted(image[image >= 0].tolist())
+    unique, _ = nb.batch_captions(torch.from_numpy(rows))
+    assert len(set(unique.tolist())) == len(unique) == len(set(rows[rows >= 0].tolist()))
+
+
+# --- InfoNCE and gradient caching ---
+
+
+def test_info_nce_of_different_captions_is_open_clips():
+    images, texts = rows_of(10, 16).requires_grad_(), rows_of(10, 16, 1).requires_grad_()
+    ours, theirs = nb.info_nce(images, texts, 20.0, torch.arange(10)), ClipLoss()(images, texts, 20.0)
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
+    for mine, other in zip(*(torch.autograd.grad(value, (images, texts)) for value in (ours, theirs)), strict=True):
+        assert torch.allclose(mine, other, atol=1e-6)
+
+
+def test_images_that_share_a_caption_are_right_answers_to_it():
+    images, texts, numbers = rows_of(6, 8), rows_of(6, 8, 1), torch.tensor([5, 5, 6, 7, 6, 5])
+    logits = 10 * images @ texts.T
+    expected = 0
+    for scores in (logits, logits.T):  # the mean surprise of an image's right texts, and of a text's right images
+        surprise = -F.log_softmax(scores, dim=1)
+        expected += np.mean([surprise[i, numbers == numbers[i]].mean().item() for i in range(6)]) / 2
+    assert nb.info_nce(images, texts, 10.0, numbers).item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 7, 10, 100])
+def test_gradient_caching_gives_the_gradient_of_the_whole_batch_from_small_encodings(chunk, monkeypatch):
+    encoder = gu.load_encoder("mini")
+    texts = [f"a {color} vase" for color in ("red", "blue", "green", "white", "black")] * 2
+    tokens, features = encoder.tokenizer(texts), rows_of(10, encoder.dim)
+    numbers = torch.arange(10) % 5
+    nb.Realignment(encoder.model, 100)(features, tokens, numbers).backward()
+    whole = {name: value.grad.clone() for name, value in encoder.model.named_parameters() if value.grad is not None}
+    encoder.model.zero_grad(set_to_none=True)
+    seen, encode = [], encoder.model.encode_text
+    monkeypatch.setattr(encoder.model, "encode_text", lambda part: (seen.append(len(part)), encode(part))[1])
+    nb.Realignment(encoder.model, chunk)(features, tokens, numbers).backward()
+    assert max(seen) <= chunk
+    assert whole
+    for name, value in encoder.model.named_parameters():
+        if value.grad is not None:
+            assert torch.allclose(value.grad, whole[name], atol=1e-5), name
+
+
+# --- caption banks ---
+
+
+def tar_of(path, captions, cut=None):
+    with tarfile.open(path, "w") as tar:
+        for i, caption in enumerate(captions):
+            for suffix, content in ((".jpg", b"\xff\xd8" * 700), (".txt", caption.encode()), (".json", b"{}")):
+                info = tarfile.TarInfo(f"{i:05d}{suffix}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    if cut:
+        path.write_bytes(path.read_bytes()[:cut])
+
+
+@pytest.fixture
+def banks(tmp_path):
+    """The same captions as a text file, tables, one tar and a folder of tars."""
+    captions = ["a cat", "two dogs,\nrunning", "ein Käse", "a cat"]
+    (tmp_path / "bank.txt").write_text("a cat\n\n  two dogs, running \nein Käse\r\na cat\n", encoding="utf-8")
+    (tmp_path / "bank.csv").write_text(
+        'url,caption\nx,a cat|"two dogs,\nrunning"\n'.replace('|"', '\ny,"') + "z,ein Käse|a cat\n", encoding="utf-8"
+    )
+    (tmp_path / "bank.tsv").write_text(
+        "caption\turl\na cat|two dogs, running\tx\nein Käse\ty\na cat\tz\n", encoding="utf-8-sig"
+    )
+    tar_of(tmp_path / "bank.tar", captions)
+    (tmp_path / "shards").mkdir()
+    tar_of(tmp_path / "shards" / "00001.tar", captions[2:])
+    tar_of(tmp_path / "shards" / "00000.tar", captions[:2])
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["bank.txt", "bank.csv", "bank.tsv", "bank.tar", "shards"])
+def test_every_kind_of_bank_gives_the_same_captions(banks, tmp_path, name):
+    files = nb.text_files(banks / name, tmp_path / "copies")
+    assert list(nb.read_captions(files)) == ["a cat", "two dogs, running", "ein Käse", "a cat"]
+
+
+def test_a_changed_table_is_read_again_and_an_unchanged_one_is_not(banks, tmp_path):
+    (first,) = nb.text_files(banks / "bank.tsv", tmp_path / "copies")
+    stamp = first.stat().st_mtime_ns
+    assert nb.text_files(banks / "bank.tsv", tmp_path / "copies") == [first] and first.stat().st_mtime_ns == stamp
+    (banks / "bank.tsv").write_text("caption\na horse\n")
+    assert list(nb.read_captions(nb.text_files(banks / "bank.tsv", tmp_path / "copies"))) == ["a horse"]
+
+
+def test_broken_banks_are_named_and_leave_nothing_half_read(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no captions at .*nowhere.txt: give a .txt"):
+        nb.text_files(tmp_path / "nowhere.txt", tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="a folder of .tar"):
+        nb.text_files(tmp_path / "empty", tmp_path)
+    (tmp_path / "bank.csv").write_text("url,text\nx,a cat\n")
+    with pytest.raises(
+        ValueError, match=r"bank.csv needs a first line that names a column 'caption'; it has \['url', 'text'\]"
+    ):
+        nb.text_files(tmp_path / "bank.csv", tmp_path / "copies")
+    (tmp_path / "bank.pdf").write_text("x")
+    with pytest.raises(ValueError, match="bank.pdf is no caption bank"):
+        nb.text_files(tmp_path / "bank.pdf", tmp_path)
+    tar_of(tmp_path / "cut.tar", ["a cat", "a dog"], cut=3000)
+    with pytest.raises(ValueError, match="cut.tar is not a whole tar file"):
+        nb.text_files(tmp_path / "cut.tar", tmp_path / "copies")
+    assert not list((tmp_path / "copies").glob("*"))
+
+
+def test_a_table_with_an_open_quotation_mark_is_named_and_tabs_need_no_quotes(tmp_path):
+    (tmp_path / "bank.tsv").write_text('caption\n"quoted at the start\nanother\nthird"\n')
+    found = list(nb.read_captions(nb.text_files(tmp_path / "bank.tsv", tmp_path / "copies")))
+    assert found == ['"quoted at the start', "another", 'third"']
+    (tmp_path / "bank.csv").write_text('caption\n"' + "a very long line\n" * 20_000)
+    with pytest.raises(ValueError, match="bank.csv, line .*is a quotation mark left open there"):
+        nb.text_files(tmp_path / "bank.csv", tmp_path / "copies")
+
+
+class SigLipLike:
+    """Pads with 1, ends with 1, 64 places: as SigLIP's tokenizer does."""
+
+    def __call__(self, texts, context_length=64):
+        rows = [[5 + len(word) for word in text.split()][: context_length - 1] + [1] for text in texts]
+        return torch.tensor([row + [1] * (context_length - len(row)) for row in rows])
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "most"),
+    [
+        (open_clip.SimpleTokenizer(), 75),
+        (gu.load_encoder("mini", "cpu").tokenizer, 30),
+        (SigLipLike(), 63),
+    ],
+    ids=["clip", "mini", "siglip"],
+)
+def test_words_and_cuts_are_told_for_any_tokenizer(tokenizer, most):
+    texts = ["", "  ", "red", "red " * most, "red " * (most + 1), "red " * 500]
+    assert nb.has_words(tokenizer, texts).tolist() == [False, False, True, True, True, True]
+    assert nb.is_cut(tokenizer, texts).tolist() == [False, False, False, False, True, True]
+
+
+# --- the search ---
+
+WORDS = [f"a {color} {thing}" for color in ("red", "blue", "white", "green") for thing in ("vase", "flower", "face")]
+
+
+def bank_file(path, captions):
+    path.write_text("\n".join(captions) + "\n", encoding="utf-8")
+    return [path]
+
+
+@pytest.mark.parametrize("size", [1, 3, 5, 1000])
+@pytest.mark.parametrize("top", [2, 20])
+def test_the_search_by_chunks_is_the_search_over_all_distinct_captions(world, tmp_path, cache, size, top):
+    encoder = gu.load_encoder("mini")
+    images = gu.embed_images(encoder, world.subset(np.arange(40)))
+    files = bank_file(tmp_path / "bank.txt", [*WORDS, "a red vase", *WORDS[::-1]])
+    found = nb.find_captions(encoder, images, files, tmp_path / "found", top, size)
+    exact = images @ gu.embed_texts(encoder, WORDS).T
+    k = min(top, len(WORDS))
+    expected = np.argsort(-exact, axis=1)[:, :k]
+    keys = np.array([nb.text_key(text) for text in WORDS])
+    assert found["keys"][:, :k].tolist() == keys[expected].tolist()
+    assert np.allclose(found["scores"][:, :k], np.take_along_axis(exact, expected, 1), atol=1e-6)
+    assert (found["scores"][:, k:] == -np.inf).all() and found["read"] == 25
+
+
+def test_a_stopped_search_goes_on_after_its_last_whole_chunk(world, tmp_path, cache, monkeypatch):
+    encoder = gu.load_encoder("mini")
+    images = gu.embed_images(encoder, world.subset(np.arange(20)))
+    files = bank_file(tmp_path / "bank.txt", WORDS)
+    whole = nb.find_captions(encoder, images, files, tmp_path / "whole", 5, 3)
+    embed, seen = gu.embed_texts, []
+
+    def stopping(encoder, texts, **options):
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        seen.append(list(texts))
+        return embed(encoder, texts, **options)
+
+    monkeypatch.setattr(gu, "embed_texts", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        nb.find_captions(encoder, images, files, tmp_path / "cut", 5, 3)
+    seen.clear()
+    monkeypatch.setattr(gu, "embed_texts", lambda e, texts, **o: (seen.append(list(texts)), embed(e, texts, **o))[1])
+    resumed = nb.find_captions(encoder, images, files, tmp_path / "cut", 5, 3)
+    assert seen == [WORDS[6:9], WORDS[9:12]], "no chunk is embedded twice, and none is larger than asked"
+    for key in whole:
+        assert np.array_equal(whole[key], resumed[key]), key
+    seen.clear()
+    again = nb.find_captions(encoder, images, files, tmp_path / "cut", 5, 3)
+    assert not seen and np.array_equal(again["keys"], whole["keys"]), "a finished search is read, not repeated"
+
+
+def test_another_bank_or_encoder_is_another_search(world, tmp_path, cache):
+    mini, random = gu.load_encoder("mini"), gu.load_encoder("random")
+    images = gu.embed_images(mini, world.subset(np.arange(4)))
+    files = bank_file(tmp_path / "bank.txt", WORDS[:6])
+    first = nb.search_file(mini, images, files, tmp_path, 5)
+    assert nb.search_file(mini, images, files, tmp_path, 5) == first
+    assert nb.search_file(random, images, files, tmp_path, 5) != first, "embeddings of two encoders are never mixed"
+    assert nb.search_file(mini, images, bank_file(tmp_path / "bank.txt", WORDS), tmp_path, 5) != first
+
+
+def test_wordless_and_cut_captions_are_counted(world, tmp_path, cache):
+    encoder = gu.load_encoder("mini")
+    images = gu.embed_images(encoder, world.subset(np.arange(4)))
+    files = bank_file(tmp_path / "bank.txt", ["a red vase", "\ufeff", "a vase " * 40])
+    found = nb.find_captions(encoder, images, files, tmp_path, 5, 2)
+    assert (found["read"], found["wordless"], found["cut"]) == (3, 1, 1)
+    assert np.isfinite(found["scores"]).sum(axis=1).tolist() == [2] * 4
+    nothing = nb.find_captions(encoder, images, bank_file(tmp_path / "none.txt", ["\ufeff"]), tmp_path, 5, 2)
+    assert not np.isfinite(nothing["scores"]).any() and nothing["wordless"] == 1
+
+
+def test_a_damaged_search_is_named_and_begins_again(world, tmp_path, cache):
+    encoder = gu.load_encoder("mini")
+    images = gu.embed_images(encoder, world.subset(np.arange(4)))
+    files = bank_file(tmp_path / "bank.txt", WORDS)
+    whole = nb.find_captions(encoder, images, files, tmp_path, 5)
+    path = nb.search_file(encoder, images, files, tmp_path, 5)
+    path.write_bytes(path.read_bytes()[:300])
+    with pytest.warns(UserWarning, match=f"{path.name} is damaged; the search begins again"):
+        again = nb.find_captions(encoder, images, files, tmp_path, 5)
+    assert np.array_equal(again["keys"], whole["keys"])
+
+
+def test_pairs_that_show_a_test_image_or_say_nothing_are_left_out(folder):
+    pairs, test = gu.load_images(folder), gu.load_images(folder).subset([0, 5])
+    pairs.captions = [["a blue square", " "]] * 4 + [["a green square"]] * 4 + [[], [" "], [""], ["red"]]
+    left = nb.pairs_apart(pairs, (test,))
+    assert left.captions == [["a blue square"]] * 3 + [["a green square"]] * 3 + [["red"]]
+    pairs.captions = None
+    with pytest.raises(ValueError, match="photos has no captions for images outside test and validation"):
+        nb.pairs_apart(pairs, (test,))
+
+
+# --- what is trained, and the checkpoint ---
+
+VISION = {"image_size": 32, "patch_size": 8, "layers": 2, "width": 32, "head_width": 16}
+TEXT = {"context_length": 20, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
+CONFIGS = {
+    "tiny-clip": {"embed_dim": 16, "vision_cfg": VISION, "text_cfg": TEXT},
+    "tiny-sigmoid": {
+        "embed_dim": 16,
+        "init_logit_bias": -10,
+        "custom_text": True,
+        "vision_cfg": VISION,
+        "text_cfg": TEXT | {"context_length": 64, "no_causal_mask": True, "proj_bias": True, "pool_type": "last"},
+    },
+    "tiny-custom-text": {
+        "embed_dim": 16,
+        "custom_text": True,
+        "vision_cfg": VISION,
+        "text_cfg": TEXT | {"embed_cls": True, "output_tokens": False},
+    },
+}
+
+
+@pytest.fixture
+def configs(tmp_path):
+    for name, config in CONFIGS.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_both_ways_end_in_a_whole_model_that_open_clip_loads_strictly(name, configs, folder, tmp_path, cache):
+    encoder = gu.load_encoder(f"open_clip:{name}")
+    before = {key: value.clone() for key, value in encoder.model.state_dict().items()}
+    images = gu.load_images(folder)
+    texts = ["a red square", "something blue", "green"]
+    rows = np.array([[2, 1, -1]] * 4 + [[0, -1, -1]] * 4 + [[-1, -1, -1]] * 4)
+    data = nb.CaptionedImages(images, gu.training_transform(encoder), rows, texts)
+    captions = torch.from_numpy(gu.embed_texts(encoder, texts))
+    torch.manual_seed(0)
+    objective = nb.CaptionObjective(encoder, gu.ArcMargin(16, 3), captions, 0.25, 30.0, 0.1)
+    gu.fit(objective, data, tmp_path / "mcip", gu.image_parameters(encoder, 1e-3), epochs=2, batch_size=6)
+    between = {key: value.clone() for key, value in encoder.model.state_dict().items()}
+    changed = {key for key in before if not torch.equal(before[key], between[key])}
+    assert changed and all(key.startswith("visual.") for key in changed), "the text tower is frozen"
+
+    features = gu.embed_images(encoder, images)
+    pairs = nb.CaptionPairs(features, [texts] * len(images), encoder.tokenizer)
+    groups = nb.text_parameters(encoder.model, 1e-2)
+    gu.fit(nb.Realignment(encoder.model, 4), pairs, tmp_path / "realigned", groups, epochs=2, batch_size=6)
+    after = encoder.model.state_dict()
+    changed = {key.removeprefix("text.") for key in before if not torch.equal(between[key], after[key])}
+    ends = ("transformer.resblocks.1.", "ln_final.", "text_projection")
+    assert {"ln_final.weight", "logit_scale"} <= changed
+    assert all(key.startswith(ends) or key == "logit_scale" for key in changed), "only the end of the text tower"
+
+    path = gu.save_checkpoint(encoder, tmp_path / "tuned")
+    plain = open_clip.create_model(name, load_weights=False)
+    plain.load_state_dict(load_file(path), strict=True)
+    probe = encoder.tokenizer(texts)
+    for key, value in plain.state_dict().items():
+        assert torch.equal(value, after[key]), key
+    assert torch.allclose(plain.eval().encode_text(probe), encoder.model.eval().encode_text(probe), atol=1e-5)
+    again = gu.load_encoder(f"open_clip:{name}@{path}")
+    assert np.allclose(gu.embed_images(again, images, cache=False), gu.embed_images(encoder, images), atol=1e-5)
+
+
+def test_what_a_caption_training_learns_from_is_part_of_its_name(folder, tmp_path, cache):
+    images = gu.load_images(folder)
+
+    def train(texts, rows):
+        torch.manual_seed(0)
+        encoder = gu.load_encoder("random")
+        data = nb.CaptionedImages(images, gu.training_transform(encoder), rows, texts)
+        captions = torch.from_numpy(gu.embed_texts(encoder, texts))
+        objective = nb.CaptionObjective(encoder, gu.ArcMargin(encoder.dim, 3), captions, 0.25, 30.0, 0.1)
+        gu.fit(objective, data, tmp_path / "runs", gu.image_parameters(encoder, 1e-4), batch_size=6)
+        return len(list((tmp_path / "runs").iterdir()))
+
+    rows = np.zeros((12, 2), dtype=int)
+    other = rows.copy()
+    other[11, 1] = -1
+    assert [train(["a", "b"], rows), train(["a", "b"], other), train(["a", "c"], rows), train(["a", "b"], rows)] == [
+        1,
+        2,
+        3,
+        3,
+    ]
+
+
+def test_new_text_weights_leave_cached_image_embeddings_valid_and_new_image_weights_do_not(cache):
+    encoder = gu.load_encoder("mini")
+    images, texts = encoder.fingerprint("images"), encoder.fingerprint("texts")
+    with torch.no_grad():
+        encoder.model.ln_final.weight.mul_(1.01)
+    assert encoder.fingerprint("images") == images and encoder.fingerprint("texts") != texts
+    texts = encoder.fingerprint("texts")
+    with torch.no_grad():
+        encoder.model.visual.ln_post.weight.mul_(1.01)
+    assert encoder.fingerprint("images") != images and encoder.fingerprint("texts") == texts
