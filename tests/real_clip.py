@@ -49,7 +49,8 @@ def main(real: Path, out: Path, epochs: int = 25, batch_size: int = 256) -> None
     tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
     images = gu.load_images(write_table("emoji_train", out, real))
     encoder = gu.Encoder("trunk", preprocess, model.visual.trunk.eval())
-    lengths = torch.from_numpy(gu.embed_images(encoder, images))
+    # Unit rows will do: the head has no bias, and its output is made a unit vector.
+    pooled = torch.from_numpy(gu.embed_images(encoder, images))
     texts = sorted({text for captions in images.captions for text in captions})
     tokens, number = tokenizer(texts), {text: i for i, text in enumerate(texts)}
     (out / "bank.txt").write_text("\n".join(texts), encoding="utf-8")
@@ -61,7 +62,7 @@ def main(real: Path, out: Path, epochs: int = 25, batch_size: int = 256) -> None
     for step in range(steps):
         rows = rng.permutation(len(images))[:batch_size]
         chosen = torch.tensor([number[rng.choice(images.captions[row])] for row in rows])
-        features = F.normalize(model.visual.head(lengths[rows]))
+        features = F.normalize(model.visual.head(pooled[rows]))
         logits = model.logit_scale.exp().clamp(max=100) * features @ F.normalize(model.encode_text(tokens[chosen])).T
         right = (chosen[:, None] == chosen).float()
         right = right / right.sum(1, keepdim=True)
