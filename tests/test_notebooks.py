@@ -10,9 +10,13 @@ import sys
 
 import nbformat
 import numpy as np
+import open_clip
 import papermill as pm
 import pytest
+import timm
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import gpnns_utils as gu
 
@@ -34,11 +38,12 @@ def lines(cell):
 
 
 def test_the_course_has_its_notebooks():
-    assert ids[:4] == [
+    assert ids[:5] == [
         "01_search_images",
         "02_benchmark_encoders",
         "03_finetune_arcmargin",
         "04_realign_text_mcip",
+        "05_average_soups",
     ]
 
 
@@ -115,7 +120,11 @@ def test_links_between_notebooks_lead_somewhere():
 # --- execution ---
 
 # Parameters of the tests that run every notebook; the training that is the default runs once, below.
-QUICK = {"03_finetune_arcmargin": {"train": "none"}, "04_realign_text_mcip": {"train": "none"}}
+QUICK = {
+    "03_finetune_arcmargin": {"train": "none"},
+    "04_realign_text_mcip": {"train": "none"},
+    "05_average_soups": {"epochs": 0.1},
+}
 
 
 def execute(path, output, parameters, cwd):
@@ -348,6 +357,135 @@ def test_what_a_realignment_cannot_use_is_refused_with_a_remedy(
     quick = {"epochs": 1, "realign_epochs": 1, "profile": results[0]}
     with pytest.raises(pm.PapermillExecutionError, match=message):
         execute(FOLDER / "04_realign_text_mcip.ipynb", tmp_path / "o.ipynb", captioned_shapes | quick | change, gu.HERE)
+
+
+@pytest.mark.notebook
+def test_averaging_equals_beats_the_best_of_them_and_averaging_unequals_does_not(tmp_path, results):
+    profile, out = results
+    notebook = execute(FOLDER / "05_average_soups.ipynb", tmp_path / "o.ipynb", {"profile": profile}, gu.HERE)
+    rows = json.loads((out / "05_average_soups.json").read_text())["rows"]
+    scores = {(row["model"], row["task"], row["split"]): row["value"] for row in rows if row["metric"] == "mAP"}
+    images, shifted = ("image_to_image", "test"), ("image_to_image", "shifted")
+    equal = [scores[f"equal_{i}", *images] for i in range(4)]
+    assert min(equal) > scores["mini", *images] + 10, "each ingredient is fine-tuned"
+    assert scores["soup:uniform", *images] > max(equal)
+    assert scores["soup:uniform", *shifted] > np.mean([scores[f"equal_{i}", *shifted] for i in range(4)])
+    unequal = [scores[f"unequal: {name}", *images] for name in ("arcmargin", "2sft", "mcip_realigned")]
+    assert np.mean(unequal) < scores["uniform of unequal", *images] < max(unequal) - 1
+    both = [scores["soup:wise_ft", task, "test"] for task in ("image_to_image", "text_to_image")]
+    assert both[0] > scores["mini", *images] + 5 and both[1] > scores["soup:uniform", "text_to_image", "test"] + 2
+    small = {row["model"]: row["value"] for row in rows if row["metric"] == "mP@5"}
+    assert small["mini, PCA of names"] > small["mini, the first ones"]
+    assert small["mini, trained head"] > small["mini, all"]
+    logs = [path.read_text() for path in out.glob("05_training/*/log.jsonl")]
+    assert len(logs) == 4 and sum("validation" in log for log in logs) == 1, "this run trained"
+    soup = gu.load_checkpoint(out / "05_soup.safetensors")
+    gu.load_encoder("mini").model.load_state_dict(soup, strict=True)
+    assert "nan" not in text_of(notebook)
+
+
+def two_checkpoints(folder, kind):
+    """Two of one architecture, written as others write them; returns what a reader types."""
+    files = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        if kind == "open_clip":
+            model = open_clip.create_model("ViT-S-32-alt")
+            torch.save(
+                {"epoch": 1, "state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}},
+                folder / f"{seed}.pt",
+            )
+            files.append(str(folder / f"{seed}.pt"))
+        elif kind == "batch norm":
+            model = timm.create_model("test_efficientnet", num_classes=0)
+            files.append(str(folder / f"{seed}.safetensors"))
+            gu.save_weights(model, folder / f"{seed}.safetensors")
+        else:
+            encoder = gu.load_encoder(
+                "mini@" + str(gu.DATA / "mini_tuned" / f"{('arcmargin', '2sft')[seed]}.safetensors")
+            )
+            encoder = gu.add_head(encoder, 16) if kind == "heads" else encoder
+            files.append(str(gu.save_checkpoint(encoder, folder / f"tuned_{seed}")))
+    return json.dumps(files)
+
+
+@pytest.mark.notebook
+@pytest.mark.parametrize(
+    ("kind", "encoder", "method"),
+    [
+        ("this course's", None, "greedy"),
+        ("this course's", None, "wise_ft"),
+        ("heads", None, "uniform"),
+        ("open_clip", "open_clip:ViT-S-32-alt", "greedy"),
+        ("batch norm", "timm:test_efficientnet", "slerp"),
+    ],
+)
+def test_a_soup_of_anyones_checkpoints_is_a_file_that_their_library_loads(
+    shapes, tmp_path, results, cache, kind, encoder, method
+):
+    profile, out = results
+    (shapes / "class 3" / "0.png").write_bytes(b"broken")
+    mine = {"profile": profile, "method": method, "train_images": str(shapes)}
+    mine |= {"checkpoints": two_checkpoints(tmp_path, kind)}
+    mine |= {"encoder": encoder} if encoder else {}
+    mine |= {"start": "encoder"} if method == "wise_ft" else {}
+    notebook = execute(FOLDER / "05_average_soups.ipynb", tmp_path / "o.ipynb", mine, gu.HERE)
+    written = out / "05_soup.safetensors"
+    about = json.loads(written.with_suffix(".json").read_text())
+    assert about["method"] == method and 1 <= len(about["ingredients"]) <= 2
+    if kind == "open_clip":
+        open_clip.create_model("ViT-S-32-alt", pretrained=str(written))
+    elif kind == "batch norm":
+        timm.create_model("test_efficientnet", num_classes=0).load_state_dict(load_file(written), strict=True)
+        assert "with new statistics" in text_of(notebook)
+    else:
+        assert gu.load_encoder(f"mini@{written}").dim == (16 if kind == "heads" else 128)
+    rows = json.loads((out / "05_average_soups.json").read_text())["rows"]
+    assert f"soup:{method}" in {row["model"] for row in rows} and "nan" not in text_of(notebook)
+
+
+@pytest.mark.notebook
+def test_anyones_folder_is_cooked_and_a_list_of_names_makes_its_embeddings_small(shapes, tmp_path, results, cache):
+    profile, out = results
+    (tmp_path / "names.json").write_text(json.dumps({"things": [f"a {c} square" for c in ("red", "blue", "green")]}))
+    (shapes / "class 3" / "0.png").write_bytes(b"broken")
+    mine = {"profile": profile, "train_images": str(shapes), "batch_size": 16, "epochs": 2, "dimensions": 16}
+    mine |= {"class_names": str(tmp_path / "names.json"), "method": "model_stock"}
+    execute(FOLDER / "05_average_soups.ipynb", tmp_path / "o.ipynb", mine, gu.HERE)
+    rows = json.loads((out / "05_average_soups.json").read_text())["rows"]
+    assert {"mini", "equal_3", "soup:model_stock", "soup:lines"} <= {row["model"] for row in rows}
+    assert json.loads((out / "05_soup.json").read_text())["method"] == "model_stock"
+
+
+@pytest.mark.notebook
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"method": "gredy"}, "method must be one of uniform, greedy"),
+        ({"alpha": 1.5}, "alpha is a share from 0 to 1"),
+        ({"checkpoints": "one.safetensors"}, "two different checkpoints or more"),
+        ({"checkpoints": '["no.safetensors", "such.safetensors"]'}, "no checkpoint at"),
+        ({"checkpoints": "OURS", "method": "wise_ft"}, "set start to a file, or to 'encoder'"),
+        ({"checkpoints": "OTHERS"}, "do not fit its architecture"),
+        ({"checkpoints": "OURS", "train_images": "FLAT"}, "labels"),
+        ({"class_names": "EMPTY", "epochs": 0.1}, "holds no names"),
+        ({"dimensions": 0}, "dimensions must be 1 or more"),
+        ({"encoder": "pixels"}, "pixels has no weights to average"),
+    ],
+)
+def test_what_cannot_be_averaged_is_refused_with_a_remedy(shapes, tmp_path, results, cache, change, message):
+    (tmp_path / "flat").mkdir()
+    (tmp_path / "flat" / "a.png").write_bytes(next(shapes.rglob("*.png")).read_bytes())
+    (tmp_path / "empty.txt").write_text("\n")
+    places = {"FLAT": str(tmp_path / "flat"), "EMPTY": str(tmp_path / "empty.txt")}
+    if change.get("checkpoints") in ("OURS", "OTHERS"):
+        places["OURS"] = places["OTHERS"] = two_checkpoints(tmp_path, "this course's")
+        if change["checkpoints"] == "OTHERS":
+            places["OTHERS"] = two_checkpoints(tmp_path, "batch norm")
+    quick = {"profile": results[0], "train_images": str(shapes), "batch_size": 16}
+    with pytest.raises(pm.PapermillExecutionError, match=message):
+        mine = quick | {key: places.get(value, value) for key, value in change.items()}
+        execute(FOLDER / "05_average_soups.ipynb", tmp_path / "o.ipynb", mine, gu.HERE)
 
 
 @pytest.mark.notebook

@@ -143,9 +143,10 @@ def test_a_query_without_anything_to_find_does_not_count():
     assert np.isnan(score.per_query[2]) and np.isfinite(score.mean)
 
 
-def test_precision_at_5_divides_by_what_can_be_found():
-    ranks = np.array([[1, 2, 9, np.inf, np.inf, np.inf], [1, 2, 3, 4, 5, 6]])
-    np.testing.assert_allclose(gu.mean_precision_at_5(ranks).per_query, [2 / 3, 1])
+def test_precision_at_5_looks_no_further_than_there_is_something_to_find():
+    nothing = [np.inf] * 4
+    ranks = np.array([[1, 2, 9, *nothing[:3]], [1, 2, 3, 4, 5, 6], [1, 4, *nothing], [4, 5, *nothing]])
+    np.testing.assert_allclose(gu.mean_precision_at_5(ranks).per_query, [2 / 3, 1, 1 / 2, 0])
 
 
 def test_revisited_protocols_ignore_what_they_should():
