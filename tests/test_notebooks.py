@@ -375,9 +375,9 @@ def test_averaging_equals_beats_the_best_of_them_and_averaging_unequals_does_not
     both = [scores["soup:wise_ft", task, "test"] for task in ("image_to_image", "text_to_image")]
     assert both[0] > scores["mini", *images] + 5 and both[1] > scores["soup:uniform", "text_to_image", "test"] + 2
     small = {row["model"]: row["value"] for row in rows if row["metric"] == "mP@5"}
-    assert small["mini, PCA of names"] > small["mini, the first ones"]
-    assert small["mini, trained head"] > small["mini, all"]
-    logs = [path.read_text() for path in out.glob("05_training/*/log.jsonl")]
+    assert small["mini, PCA of names, 64"] > small["mini, the first ones, 64"]
+    assert small["mini, trained head, 64"] > small["mini, all, 128"]
+    logs = [path.read_text() for path in out.glob("05_ingredients_*/training/*/log.jsonl")]
     assert len(logs) == 4 and sum("validation" in log for log in logs) == 1, "this run trained"
     soup = gu.load_checkpoint(out / "05_soup.safetensors")
     gu.load_encoder("mini").model.load_state_dict(soup, strict=True)
@@ -414,9 +414,10 @@ def two_checkpoints(folder, kind):
     ("kind", "encoder", "method"),
     [
         ("this course's", None, "greedy"),
-        ("this course's", None, "wise_ft"),
+        ("this course's", None, "lines"),
         ("heads", None, "uniform"),
         ("open_clip", "open_clip:ViT-S-32-alt", "greedy"),
+        ("batch norm", "timm:test_efficientnet", "greedy"),
         ("batch norm", "timm:test_efficientnet", "slerp"),
     ],
 )
@@ -428,11 +429,18 @@ def test_a_soup_of_anyones_checkpoints_is_a_file_that_their_library_loads(
     mine = {"profile": profile, "method": method, "train_images": str(shapes)}
     mine |= {"checkpoints": two_checkpoints(tmp_path, kind)}
     mine |= {"encoder": encoder} if encoder else {}
-    mine |= {"start": "encoder"} if method == "wise_ft" else {}
+    mine |= {"start": "encoder"} if method == "lines" else {}
     notebook = execute(FOLDER / "05_average_soups.ipynb", tmp_path / "o.ipynb", mine, gu.HERE)
     written = out / "05_soup.safetensors"
     about = json.loads(written.with_suffix(".json").read_text())
     assert about["method"] == method and 1 <= len(about["ingredients"]) <= 2
+    if method == "lines":
+        base, tuned = (
+            gu.load_encoder(spec).model.state_dict() for spec in ("mini", f"mini@{tmp_path}/tuned_0.safetensors")
+        )
+        soup, name = load_file(written), "visual.transformer.resblocks.0.mlp.c_fc.weight"
+        kept = (soup[name] - base[name]).norm() / (tuned[name] - base[name]).norm()
+        assert about["alpha"] < 1 and kept < 0.8, "low layers went back towards the start"
     if kind == "open_clip":
         open_clip.create_model("ViT-S-32-alt", pretrained=str(written))
     elif kind == "batch norm":
@@ -466,7 +474,12 @@ def test_anyones_folder_is_cooked_and_a_list_of_names_makes_its_embeddings_small
         ({"checkpoints": "one.safetensors"}, "two different checkpoints or more"),
         ({"checkpoints": '["no.safetensors", "such.safetensors"]'}, "no checkpoint at"),
         ({"checkpoints": "OURS", "method": "wise_ft"}, "set start to a file, or to 'encoder'"),
-        ({"checkpoints": "OTHERS"}, "do not fit its architecture"),
+        ({"checkpoints": '["a", "b"'}, "checkpoints must be a list such as"),
+        ({"checkpoints": "BROKEN"}, "not a readable checkpoint"),
+        ({"checkpoints": "OURS", "start": "encoder", "encoder": "open_clip:ViT-S-32-alt"}, "names no weights to start"),
+        ({"checkpoints": "OURS", "test_images": "SHAPES"}, "classes are trained on and measured on"),
+        ({"checkpoints": "OTHERS"}, "do not fit its architecture.*Name their architecture in the parameter encoder"),
+        ({"checkpoints": "MIXED"}, r"0.safetensors do not fit its architecture"),
         ({"checkpoints": "OURS", "train_images": "FLAT"}, "labels"),
         ({"class_names": "EMPTY", "epochs": 0.1}, "holds no names"),
         ({"dimensions": 0}, "dimensions must be 1 or more"),
@@ -477,11 +490,14 @@ def test_what_cannot_be_averaged_is_refused_with_a_remedy(shapes, tmp_path, resu
     (tmp_path / "flat").mkdir()
     (tmp_path / "flat" / "a.png").write_bytes(next(shapes.rglob("*.png")).read_bytes())
     (tmp_path / "empty.txt").write_text("\n")
-    places = {"FLAT": str(tmp_path / "flat"), "EMPTY": str(tmp_path / "empty.txt")}
-    if change.get("checkpoints") in ("OURS", "OTHERS"):
-        places["OURS"] = places["OTHERS"] = two_checkpoints(tmp_path, "this course's")
-        if change["checkpoints"] == "OTHERS":
-            places["OTHERS"] = two_checkpoints(tmp_path, "batch norm")
+    (tmp_path / "broken.safetensors").write_bytes(b"broken")
+    places = {"FLAT": str(tmp_path / "flat"), "EMPTY": str(tmp_path / "empty.txt"), "SHAPES": str(shapes)}
+    if "checkpoints" in change:
+        places["OURS"] = two_checkpoints(tmp_path, "this course's")
+        places["OTHERS"] = two_checkpoints(tmp_path, "batch norm")
+        ours, others = json.loads(places["OURS"]), json.loads(places["OTHERS"])
+        places["MIXED"] = json.dumps([ours[0], others[0]])
+        places["BROKEN"] = json.dumps([ours[0], str(tmp_path / "broken.safetensors")])
     quick = {"profile": results[0], "train_images": str(shapes), "batch_size": 16}
     with pytest.raises(pm.PapermillExecutionError, match=message):
         mine = quick | {key: places.get(value, value) for key, value in change.items()}
