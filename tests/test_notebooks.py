@@ -139,7 +139,10 @@ def execute(path, output, parameters, cwd):
 
 
 def text_of(notebook):
-    return json.dumps([output for cell in notebook.cells for output in cell.get("outputs", [])])
+    """All that a reader can read in the outputs; pictures, as letters, could spell anything."""
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    data = [{mime: part for mime, part in output.get("data", {}).items() if "image" not in mime} for output in outputs]
+    return json.dumps([data, [output.get("text", "") for output in outputs]])
 
 
 @pytest.mark.notebook
@@ -429,7 +432,7 @@ def test_a_soup_of_anyones_checkpoints_is_a_file_that_their_library_loads(
     mine = {"profile": profile, "method": method, "train_images": str(shapes)}
     mine |= {"checkpoints": two_checkpoints(tmp_path, kind)}
     mine |= {"encoder": encoder} if encoder else {}
-    mine |= {"start": "encoder"} if method == "lines" else {}
+    mine |= {"start": "encoder", "alpha": 0.25} if method == "lines" else {}
     notebook = execute(FOLDER / "05_average_soups.ipynb", tmp_path / "o.ipynb", mine, gu.HERE)
     written = out / "05_soup.safetensors"
     about = json.loads(written.with_suffix(".json").read_text())
@@ -440,12 +443,12 @@ def test_a_soup_of_anyones_checkpoints_is_a_file_that_their_library_loads(
         )
         soup, name = load_file(written), "visual.transformer.resblocks.0.mlp.c_fc.weight"
         kept = (soup[name] - base[name]).norm() / (tuned[name] - base[name]).norm()
-        assert about["alpha"] < 1 and kept < 0.8, "low layers went back towards the start"
+        assert about["alpha"] == 0.25 and kept < 0.8, "low layers went back towards the start"
     if kind == "open_clip":
         open_clip.create_model("ViT-S-32-alt", pretrained=str(written))
     elif kind == "batch norm":
         timm.create_model("test_efficientnet", num_classes=0).load_state_dict(load_file(written), strict=True)
-        assert "with new statistics" in text_of(notebook)
+        assert "with new statistics or as it was" in text_of(notebook)
     else:
         assert gu.load_encoder(f"mini@{written}").dim == (16 if kind == "heads" else 128)
     rows = json.loads((out / "05_average_soups.json").read_text())["rows"]
