@@ -35,6 +35,7 @@ from urllib.parse import parse_qsl
 
 import accelerate
 import faiss
+import ipywidgets as widgets
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
@@ -2287,6 +2288,23 @@ def show_neighbors(
         )
         titles.append(["query"] * len(first) + [mark + number for mark, number in zip(marks, numbers, strict=True)])
     return show_images(lines, titles, frames, texts if any(texts) else ())
+
+
+def live_picture(draw: Callable[..., Picture], controls: dict[str, widgets.Widget]) -> widgets.VBox:
+    """Controls, and below them the picture that `draw(**values)` makes, anew on every move.
+
+    The picture is a widget itself: the Output widget of `interact` hides exceptions, and in batch it sometimes blocks
+    for ever (nbclient issue 312).
+    """
+    picture = widgets.Image(format="jpeg")
+
+    def refresh(_=None) -> None:
+        picture.value = draw(**{name: control.value for name, control in controls.items()}).data
+
+    for control in controls.values():
+        control.observe(refresh, "value")
+    refresh()
+    return widgets.VBox([*controls.values(), picture])
 
 
 def show_table(rows: Sequence[dict], caption: str = "", best: Sequence[str] = ()) -> HTML:

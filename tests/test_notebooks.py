@@ -38,12 +38,13 @@ def lines(cell):
 
 
 def test_the_course_has_its_notebooks():
-    assert ids[:5] == [
+    assert ids[:6] == [
         "01_search_images",
         "02_benchmark_encoders",
         "03_finetune_arcmargin",
         "04_realign_text_mcip",
         "05_average_soups",
+        "06_normalize_neighbors_nnn",
     ]
 
 
@@ -124,6 +125,7 @@ QUICK = {
     "03_finetune_arcmargin": {"train": "none"},
     "04_realign_text_mcip": {"train": "none"},
     "05_average_soups": {"epochs": 0.1},
+    "06_normalize_neighbors_nnn": {"encoders": "mini", "reference_images": 300},
 }
 
 
@@ -132,7 +134,13 @@ def execute(path, output, parameters, cwd):
     unknown = parameters.keys() - pm.inspect_notebook(str(path)).keys()
     assert not unknown, f"{path.name} has no parameters {unknown}"
     notebook = pm.execute_notebook(
-        str(path), str(output), parameters, kernel_name="python3", cwd=str(cwd), progress_bar=False
+        str(path),
+        str(output),
+        parameters,
+        kernel_name="python3",
+        cwd=str(cwd),
+        progress_bar=False,
+        execution_timeout=900,
     )
     assert all(cell.execution_count for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip())
     return notebook
@@ -505,6 +513,80 @@ def test_what_cannot_be_averaged_is_refused_with_a_remedy(shapes, tmp_path, resu
     with pytest.raises(pm.PapermillExecutionError, match=message):
         mine = quick | {key: places.get(value, value) for key, value in change.items()}
         execute(FOLDER / "05_average_soups.ipynb", tmp_path / "o.ipynb", mine, gu.HERE)
+
+
+@pytest.mark.notebook
+def test_a_bias_takes_hubs_back_and_helps_where_there_are_hubs(tmp_path, results):
+    profile, out = results
+    notebook = execute(FOLDER / "06_normalize_neighbors_nnn.ipynb", tmp_path / "o.ipynb", {"profile": profile}, gu.HERE)
+    rows = json.loads((out / "06_normalize_neighbors_nnn.json").read_text())["rows"]
+    scores = {(row["model"], row["task"], row["metric"]): row for row in rows}
+    models = ("mini", "arcmargin", "mcip+realigned")
+    assert {scores[f"{model}+nnn", "text_to_image", "mAP"]["seeds"] for model in models} == {3}
+    for model in models:
+        skewness = [scores[name, "text_to_image", "hubness skewness"]["value"] for name in (model, f"{model}+nnn")]
+        assert skewness[1] < skewness[0], model
+
+    def gain(model, task, metric="mAP"):
+        return scores[f"{model}+nnn", task, metric]["value"] - scores[model, task, metric]["value"]
+
+    assert gain("mcip+realigned", "text_to_image") > 1, "it has the most hubs"
+    assert all(gain(model, "image_to_text") > 2 for model in models)
+    assert np.load(out / "06_bias.npy").shape == (2400,)
+    assert "nan" not in text_of(notebook)
+
+
+@pytest.mark.notebook
+@pytest.mark.parametrize("kind", ["one folder, cut", "two folders", "a table without classes"])
+def test_anyones_captioned_images_are_corrected(shapes, tmp_path, results, cache, kind):
+    profile, out = results
+    captions = {folder.name: ["a square", f"a {folder.name} square"] for folder in sorted(shapes.iterdir())}
+    captions.pop("class 7")  # then its name is the caption
+    (shapes / "captions.json").write_text(json.dumps(captions))
+    mine = {"profile": profile, "train_images": str(shapes), "encoders": '["random", "mini"]', "depth": 3}
+    if kind == "two folders":
+        for name in ("class 1", "class 2"):
+            shutil.move(shapes / name, tmp_path / "others" / name)
+        mine |= {"test_images": str(tmp_path / "others")}
+    if kind == "a table without classes":
+        lines = [f"{path}|{path.parent.name} number {path.stem}" for path in sorted(shapes.rglob("*.png"))]
+        table = "path,caption\n" + "\n".join(line.replace("|", ",") for line in lines)
+        (tmp_path / "captioned.csv").write_text(table)
+        mine |= {"train_images": str(tmp_path / "captioned.csv")}
+    notebook = execute(FOLDER / "06_normalize_neighbors_nnn.ipynb", tmp_path / "o.ipynb", mine, gu.HERE)
+    rows = json.loads((out / "06_normalize_neighbors_nnn.json").read_text())["rows"]
+    assert {"random", "random+nnn", "mini", "mini+nnn"} == {row["model"] for row in rows}
+    assert len(np.load(out / "06_bias.npy")) == 12 and "nan" not in text_of(notebook)
+
+
+@pytest.mark.notebook
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"encoders": "mini, pixels"}, "pixels encodes images only"),
+        ({"encoders": "mini, mini"}, "share a short name"),
+        ({"encoders": ""}, "name at least one encoder"),
+        ({"reference_images": 0}, "name at least one encoder, and choose reference_images"),
+        ({"train_images": "FLAT"}, "neither captions nor classes"),
+        ({"train_images": "FEW"}, "has 3 classes; five or more"),
+        (
+            {"test_images": "SHAPES"},
+            "reference images are test images too, for example .*a bias that has seen the test",
+        ),
+        ({"train_images": "BROKEN"}, "some images cannot be read"),
+    ],
+)
+def test_what_cannot_be_corrected_is_refused_with_a_remedy(shapes, folder, tmp_path, results, cache, change, message):
+    (tmp_path / "flat").mkdir()
+    for path in sorted(shapes.rglob("*.png"))[:8]:
+        (tmp_path / "flat" / f"{path.parent.name} {path.name}").write_bytes(path.read_bytes())
+    shutil.copytree(shapes, tmp_path / "broken")
+    (tmp_path / "broken" / "class 3" / "0.png").write_bytes(b"broken")
+    places = {"FLAT": tmp_path / "flat", "FEW": folder, "SHAPES": shapes, "BROKEN": tmp_path / "broken"}
+    mine = {"profile": results[0], "train_images": str(shapes), "encoders": "mini"}
+    mine |= {key: str(places.get(value, value)) if isinstance(value, str) else value for key, value in change.items()}
+    with pytest.raises(pm.PapermillExecutionError, match=message):
+        execute(FOLDER / "06_normalize_neighbors_nnn.ipynb", tmp_path / "o.ipynb", mine, gu.HERE)
 
 
 @pytest.mark.notebook
