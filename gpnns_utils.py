@@ -254,9 +254,7 @@ def open_image(path: Path, crop: Sequence[int] | None = None) -> Image.Image:
     with Image.open(path) as image:
         if crop is not None:
             left, top, right, bottom = (int(edge) for edge in crop)
-            right, bottom = (
-                edge if edge > 0 else edge + full for edge, full in ((right, image.width), (bottom, image.height))
-            )
+            right, bottom = right + image.width * (right < 1), bottom + image.height * (bottom < 1)
             image = image.crop((left, top, min(right, image.width), min(bottom, image.height)))
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):
@@ -274,7 +272,8 @@ def load_images(source: str | Path, split: str = "test") -> ImageSet:
     Folder: `label/file`, `group/label/file`, or just files (no labels). Equal labels in two groups are one class. A
     subfolder named like `split` is used when there is one, and `captions.json` maps labels to lists of captions.
     Table (.csv, .tsv, .parquet): columns `path` and, if known, `label`, `group`, `caption` (several: separated by `|`),
-    `split`; paths are relative to the table. Tars: one .tar, or a folder of them. Images are sorted by path, so that rows do not depend on the file system.
+    `split`; paths are relative to the table. Tars: one .tar, or a folder of them. Images of folders, tables and tars are
+    sorted by path, those of data sets as their lists are, so that rows do not depend on the file system.
     """
     if str(source) == "mini":
         world = load_module(DATA / "mini_world.py")

@@ -16,6 +16,7 @@ import lzma
 import os
 import pickle
 import shutil
+import ssl
 import stat
 import sys
 import tarfile
@@ -108,8 +109,9 @@ def find_below(top: Path, markers: list[list[str]], depth: int = 4) -> Path | No
             for paths in markers:
                 if all(next(folder.glob(p), None) if "*" in p else (folder / p).exists() for p in paths):
                     return folder
-        below = [subfolders(folder) for folder in level]
-        level = [sub for subs in below if len(subs) <= 100 for sub in subs]  # more are classes: nothing to find there
+        # many subfolders are classes, or train/a/b/c: nothing to find there, and slow to look through
+        below = [subfolders(folder) for folder in level[:300]]
+        level = [sub for subs in below if len(subs) <= 100 for sub in subs]
     return None
 
 
@@ -152,25 +154,23 @@ def load(name: str, split: str = "test") -> dict:
     entry, numbers = TABLE[name], None
     wanted = [row for row in rows if row["split"] == split]
     if "label" in wanted[0]:
+        labels = [row["label"] for row in wanted]
         if names is None:  # labels are texts: number those of the splits that share classes, in alphabetical order
-            together = entry.get("same_classes", [])
-            names = sorted(
-                {row["label"] for row in rows if row["split"] == split or {row["split"], split} <= set(together)}
-            )
+            together = {split, *(entry.get("same_classes", []) if split in entry.get("same_classes", []) else [])}
+            names = sorted({row["label"] for row in rows if row["split"] in together})
             number = {label: i for i, label in enumerate(names)}
-            numbers = np.array([number[row["label"]] for row in wanted], dtype=np.int64)
-        else:
-            numbers = np.array([row["label"] for row in wanted], dtype=np.int64)
-    rows = wanted
-    check_counts(entry, split, rows, numbers)
+            labels = [number[label] for label in labels]
+        numbers = np.array(labels, dtype=np.int64)
+    check_counts(entry, split, wanted, numbers)
+    first = wanted[0]
     return {
         "name": f"{name} {split}",
-        "images": [Path(row["path"]) for row in rows],
+        "images": [row["path"] for row in wanted],
         "labels": numbers,
-        "groups": np.array([row["group"] for row in rows]) if "group" in rows[0] else None,
-        "captions": [row["captions"] for row in rows] if "captions" in rows[0] else None,
+        "groups": np.array([row["group"] for row in wanted]) if "group" in first else None,
+        "captions": [row["captions"] for row in wanted] if "captions" in first else None,
         "names": names or [],
-        "crops": np.array([row["crop"] for row in rows], dtype=np.int64) if "crop" in rows[0] else None,
+        "crops": np.array([row["crop"] for row in wanted], dtype=np.int64) if "crop" in first else None,
     }
 
 
@@ -182,13 +182,7 @@ def read(name: str, split: str) -> tuple[list[dict], list[str] | None]:
     folder = find(name, split) or fetch(name, split)
     try:
         rows, names = READERS[entry["layout"]](folder, split, entry)
-    except (
-        KeyError,
-        IndexError,
-        TypeError,
-        AttributeError,
-        ValueError,
-    ) as error:  # what a list with other columns leads to
+    except BROKEN_LIST as error:
         if entry["title"] in str(error) or str(folder) in str(error):
             raise  # it says what is wrong already
         raise ValueError(
@@ -197,6 +191,9 @@ def read(name: str, split: str) -> tuple[list[dict], list[str] | None]:
     if not any(row["split"] == split for row in rows):
         raise ValueError(f"{entry['title']}, {split}: no images below {folder}; look at the layout in data/README.md")
     return rows, names
+
+
+BROKEN_LIST = (KeyError, IndexError, TypeError, AttributeError, ValueError)  # what a list with other columns leads to
 
 
 def check_counts(entry: dict, split: str, rows: list[dict], numbers: np.ndarray | None) -> None:
@@ -314,7 +311,7 @@ def first_of(folder: Path, *paths: str) -> Path:
 def read_gpr1200(folder: Path, split: str, entry: dict):
     """GPR1200: `images/CLASS_name.jpg`; 200 classes for each of six domains, in this order."""
     domains = ("landmarks", "nature", "sketches", "objects", "products", "faces")
-    per_domain = -(-entry["splits"][split][1] // len(domains))
+    per_domain = entry["splits"][split][1] // len(domains)
     texts = folder / "categoryNumber_to_text.json"
     texts = read_json(texts) if texts.exists() else {}
     rows = []
@@ -477,9 +474,8 @@ def imagenet_classes() -> tuple[dict[str, int], list[str]]:
     import open_clip
     from timm.data import ImageNetInfo
 
-    return {wnid: i for i, wnid in enumerate(ImageNetInfo("imagenet-1k").label_names())}, list(
-        open_clip.IMAGENET_CLASSNAMES
-    )
+    numbers = {wnid: i for i, wnid in enumerate(ImageNetInfo("imagenet-1k").label_names())}
+    return numbers, list(open_clip.IMAGENET_CLASSNAMES)
 
 
 def read_imagenet(folder: Path, split: str, entry: dict):
@@ -572,29 +568,27 @@ def read_gldv2(folder: Path, split: str, entry: dict):
         path = paths.get(image, top / image[0] / image[1] / image[2] / f"{image}.jpg")
         return {"path": path, "split": split, "label": f"landmark {int(landmark):06d}"}
 
-    rows = []
-    if split in ("query", "gallery"):
+    rows, names = [], None
+    if split in ("query", "gallery"):  # both number all landmarks of the index
         landmark = {line["id"]: line["landmark_id"] for line in read_csv(folder / "index_image_to_landmark.csv")}
-    if split == "train":
-        for line in read_csv(folder / "train_clean.csv"):
-            rows += [row(image, line["landmark_id"]) for image in line["images"].split()]
-    elif split == "train_full":
-        rows = [row(line["id"], line["landmark_id"]) for line in read_csv(folder / "train.csv")]
-    elif split == "gallery":
+        names = [f"landmark {number:06d}" for number in sorted({int(number) for number in landmark.values()})]
+    if split == "gallery":
         rows = [row(image, number) for image, number in landmark.items()]
-    else:
+    elif split == "query":
         for line in read_csv(folder / "retrieval_solution_v2.1.csv"):
             if line["Usage"] != "Ignored" and line["images"] not in ("", "None"):
                 relevant = line["images"].split()
                 rows.append(row(line["id"], landmark[relevant[0]]) | {"relevant": relevant})
+    elif split == "train" and (folder / "train_clean.csv").exists():
+        for line in read_csv(folder / "train_clean.csv"):
+            rows += [row(image, line["landmark_id"]) for image in line["images"].split()]
+    else:  # on Kaggle train.csv is the clean list already
+        rows = [row(line["id"], line["landmark_id"]) for line in read_csv(folder / "train.csv")]
     check_listed(rows, split, entry)
-    if split not in ("query", "gallery"):
-        return rows, None
-    names = [f"landmark {number:06d}" for number in sorted({int(number) for number in landmark.values()})]
-    number = {name: i for i, name in enumerate(names)}
-    return [
-        row | {"label": number[row["label"]]} for row in rows
-    ], names  # both splits number all landmarks of the index
+    if names is not None:
+        number = {name: i for i, name in enumerate(names)}
+        rows = [one | {"label": number[one["label"]]} for one in rows]
+    return rows, names
 
 
 def read_products10k(folder: Path, split: str, entry: dict):
@@ -602,9 +596,8 @@ def read_products10k(folder: Path, split: str, entry: dict):
     rows = []
     for kind, table in (("train", "train.csv"), ("test", "test_kaggletest.csv")):
         for line in read_csv(folder / table):
-            rows.append(
-                {"path": folder / kind / line["name"], "split": kind, "label": f"product {int(line['class']):05d}"}
-            )
+            label = f"product {int(line['class']):05d}"
+            rows.append({"path": folder / kind / line["name"], "split": kind, "label": label})
     check_listed([row for row in rows if row["split"] == split], split, entry)
     return rows, None
 
@@ -717,7 +710,7 @@ def sample_facts(parts: dict[str, Path]) -> dict:
     facts = read_json(parts[".json"]) if ".json" in parts else {}
     label = parts[".cls"].read_text().strip() if ".cls" in parts else facts.get("label", "")
     captions = parts[".txt"].read_text(encoding="utf-8").splitlines() if ".txt" in parts else facts.get("caption", [])
-    captions = [captions] if isinstance(captions, str) else captions
+    captions = [captions] if isinstance(captions, str) else captions or []
     return {"label": str(label), "captions": [caption.strip() for caption in captions if caption.strip()]}
 
 
@@ -826,10 +819,8 @@ def download(urls: Sequence[str], path: Path, size: int | None = None, md5: str 
         try:
             receive(url, partial, path.name, size)
             break
-        except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
-            final = (
-                isinstance(error, urllib.error.HTTPError) and error.code < 500
-            )  # it is not there: asking again is idle
+        except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError) as error:
+            final = isinstance(error, urllib.error.HTTPError) and error.code < 500  # not there: do not ask again
             attempt, failures = attempt + 1, failures + 1 if file_size(partial) <= before else 0
             if failures >= (len(urls) if final else max(TRIES, len(urls))):
                 reason = getattr(error, "reason", None) or error
@@ -838,6 +829,10 @@ def download(urls: Sequence[str], path: Path, size: int | None = None, md5: str 
                     f"online to go on from there, or get the file elsewhere and save it as {path}"
                 ) from error
             time.sleep(PAUSE if failures and not final else 0)
+        except OSError as error:
+            if error.errno is None:
+                raise  # it says what is wrong already
+            raise gu.disk_error(path, error, f"{file_size(partial):,} bytes are kept in {partial}") from error
     try:
         verify(partial, size, md5)
     except ValueError:

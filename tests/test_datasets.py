@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import sys
 import tarfile
 import threading
@@ -270,11 +271,11 @@ def make_in_shop(folder):
 
 
 def make_gldv2(folder):
-    for part, images in (("train", "ab0 ab1 ab2"), ("index", "cd0 cd1 cd2"), ("test", "ef0 ef1 ef2")):
+    for part, images in (("train", "000 001 002"), ("index", "cd0 cd1 cd2"), ("test", "ef0 ef1 ef2")):
         for image in images.split():
             picture(folder / part / image[0] / image[1] / image[2] / f"{image}.jpg")
-    write(folder / "train_clean.csv", "landmark_id,images\n7,ab0 ab1\n")
-    write(folder / "train.csv", "id,url,landmark_id\nab0,http://x,7\nab1,http://x,7\nab2,http://x,9\n")
+    write(folder / "train_clean.csv", "landmark_id,images\n7,000 001\n")
+    write(folder / "train.csv", "id,url,landmark_id\n000,http://x,7\n001,http://x,7\n002,http://x,9\n")
     write(folder / "index_image_to_landmark.csv", "id,landmark_id\ncd0,5\ncd1,12\ncd2,5\n")
     solution = "id,images,Usage\nef0,cd2 cd0,Public\nef1,None,Ignored\nef2,cd1,Private\n"
     write(folder / "retrieval_solution_v2.1.csv", solution)
@@ -364,6 +365,9 @@ def build(name, data, monkeypatch):
 # --- what holds for all of them ---
 
 
+FILE_FIELDS = {"name", "gives", "url", "size", "md5", "splits", "count", "nested"}
+
+
 def test_every_data_set_of_the_table_has_a_fixture_here_a_home_a_layout_and_a_metric():
     assert set(BUILDERS) == set(ds.TABLE)
     for name, entry in ds.TABLE.items():
@@ -372,6 +376,9 @@ def test_every_data_set_of_the_table_has_a_fixture_here_a_home_a_layout_and_a_me
         if isinstance(entry["marker"], dict):
             assert set(entry["marker"]) == set(entry["splits"]), name
         assert set(entry.get("same_classes", [])) <= set(entry["splits"]), name
+        for split in entry["splits"]:
+            for file in ds.files_for(entry, split):
+                assert not ds.is_archive(file["gives"]) and set(file) <= FILE_FIELDS, (name, file)
 
 
 @pytest.mark.parametrize("name", BUILDERS)
@@ -665,6 +672,20 @@ def test_ground_truth_of_landmarks_and_of_sets_with_query_and_gallery(data, monk
         ds.ground_truth("cub")
 
 
+def test_landmarks_train_from_the_lists_of_kaggle_too(data, monkeypatch):
+    build("gldv2", data, monkeypatch)
+    (data / "gldv2" / "train_clean.csv").unlink()
+    write(data / "gldv2" / "train.csv", "id,landmark_id\n000,7\n001,7\n")
+    assert gu.load_images("gldv2", "train").names == ["landmark 000007"]
+
+
+def test_uned_without_its_images_says_what_to_put_where(data):
+    with pytest.raises(
+        FileNotFoundError, match="Get images from https://cmp.felk.cvut.cz/univ_emb/ .*the eight data sets"
+    ):
+        gu.load_images("uned_cars", "query")
+
+
 def test_uned_merges_its_domains_and_keeps_them_apart_as_groups(data, monkeypatch):
     build("uned", data, monkeypatch)
     build("uned_rp2k", data, monkeypatch)
@@ -730,6 +751,60 @@ def pack(archive, folder):
         with tarfile.open(archive, "w:gz" if archive.suffix in (".gz", ".tgz") else "w") as packed:
             for path in files:
                 packed.add(path, path.relative_to(folder))
+
+
+def author_archive(archive, whole, file, flat):
+    """One archive of a data set, packed from its imitation: with the folder that it `gives` at its top, or without."""
+    wanted = file["gives"].split("/")[0]
+    source = next((path for path in [whole / wanted, *sorted(whole.rglob(wanted))] if path.exists()), None)
+    packing = archive.parent / "packing" / archive.name
+    top = packing if flat or source is None else packing / wanted
+    if source is None:  # caption_datasets.zip: the lists of three data sets, side by side
+        source = top
+        for path in whole.glob("*.json"):
+            write(top / path.name, path.read_text(encoding="utf-8"))
+    elif source.is_file():
+        write(packing / wanted, source.read_text(encoding="utf-8"))
+    elif file.get("nested"):
+        for sub in source.iterdir():
+            pack(packing / f"{sub.name}.tar", sub)
+    else:
+        shutil.copytree(source, top, dirs_exist_ok=True)
+    pack(archive, packing)
+
+
+@pytest.mark.parametrize("flat", [False, True], ids=["folder", "flat"])
+@pytest.mark.parametrize("name", [name for name in BUILDERS if ds.TABLE[name].get("files")])
+def test_each_data_set_is_read_from_its_archives(name, flat, server, data, tmp_path, monkeypatch):
+    """Those without a login come from the test's server, the others lie in the data set's folder as they were got."""
+    splits = build(name, tmp_path / "built", monkeypatch)
+    whole, place = tmp_path / "built" / ds.TABLE[name]["folder"], data / ds.TABLE[name]["folder"]
+    files = []
+    for file in ds.TABLE[name]["files"]:
+        file = {key: value for key, value in file.items() if key != "md5" and key != "size"}
+        file |= {"count": 1} if "count" in file else {}
+        first = next(ds.files_for({"files": [file], "splits": splits}, file.get("splits", list(splits))[0]))
+        served = f"{len(files)}_{first['name']}"
+        packed = tmp_path / "packed" / served
+        if ds.is_archive(first["name"]):
+            author_archive(packed, whole, first, flat)
+        elif (whole / first["name"]).is_dir():
+            shutil.copytree(whole / first["name"], place / first["name"])
+            continue
+        else:
+            packed = next(whole.rglob(first["name"]))
+        if "url" in file:
+            server.files[served] = packed.read_bytes()
+            file["url"] = [server.url.replace("a.bin", served)]
+        else:
+            place.mkdir(parents=True, exist_ok=True)
+            shutil.copy(packed, place / first["name"])
+        files.append(file)
+    monkeypatch.setitem(ds.TABLE[name], "files", files)
+    for split, (number, *_) in splits.items():
+        assert len(gu.load_images(name, split)) == number
+    asked = len(server.asked)
+    assert len(gu.load_images(name, split)) == number and len(server.asked) == asked
 
 
 def test_archives_put_there_by_hand_are_unpacked_once_and_kept(data, tmp_path, monkeypatch):
@@ -842,6 +917,26 @@ def test_a_damaged_archive_is_an_error_and_leaves_nothing(suffix, tmp_path):
         assert sorted(path.name for path in tmp_path.iterdir()) == ["in", archive.name]
 
 
+def test_a_full_disk_while_downloading_says_so_and_keeps_what_came(server, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(gu.Progress, "update", full)  # the first block was written
+    with pytest.raises(OSError, match=r"could not write .*No space left on device.*1,048,576 bytes are kept in"):
+        ds.download([server.url], tmp_path / "a.bin")
+
+
+def test_a_zip_with_a_password_is_an_error(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as packed:
+        packed.writestr("a.jpg", b"secret")
+    content = bytearray((tmp_path / "x.zip").read_bytes())
+    content[6] |= 1  # the bit that says "encrypted", in the file and in the list of files
+    content[content.index(b"PK\x01\x02") + 8] |= 1
+    (tmp_path / "x.zip").write_bytes(content)
+    with pytest.raises(ValueError, match=r"x.zip cannot be unpacked .*password"):
+        ds.unpack(tmp_path / "x.zip", tmp_path / "out")
+
+
 def test_a_killed_unpacking_leaves_no_half_data_set(tmp_path, monkeypatch):
     (tmp_path / "in").mkdir()
     for i in range(3):
@@ -912,6 +1007,7 @@ class Files(BaseHTTPRequestHandler):
 def server(data):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Files)
     server.files, server.asked = {"a.bin": CONTENT}, []
+    server.handle_error = lambda *_: None  # a client that stops reading is part of these tests
     server.cuts, server.ranges, server.tags, server.status = [], True, True, 0
     server.url = f"http://127.0.0.1:{server.server_port}/a.bin"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
