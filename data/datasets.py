@@ -604,16 +604,15 @@ def read_products10k(folder: Path, split: str, entry: dict):
 
 def read_inaturalist2018(folder: Path, split: str, entry: dict):
     """iNaturalist 2018: `train_val2018/Aves/1234/abc.jpg`, with a .json of images and annotations for each split."""
-    rows = []
+    rows, names = [], {}
     for kind, part in (("train", "train2018.json"), ("test", "val2018.json")):
         content = read_json(folder / part)
-        names = {category["id"]: category["name"] for category in content["categories"]}
+        names |= {category["id"]: str(category["name"]) for category in content["categories"]}
         classes = {one["image_id"]: one["category_id"] for one in content["annotations"]}
         for image in content["images"]:
-            label = str(names[classes[image["id"]]])
-            rows.append({"path": folder / image["file_name"], "split": kind, "label": label})
+            rows.append({"path": folder / image["file_name"], "split": kind, "label": classes[image["id"]]})
     check_listed(rows, split, entry)
-    return rows, None
+    return rows, [names.get(i, f"class {i}") for i in range(max(names, default=-1) + 1)]
 
 
 def read_inaturalist2021(folder: Path, split: str, entry: dict):

@@ -531,7 +531,7 @@ def test_splits_that_share_classes_number_them_alike(data, monkeypatch):
     images = gu.load_images("products10k", "train")
     assert [images.names[label] for label in images.labels] == ["product 00002", "product 00010", "product 00000"]
     assert gu.load_images("aircraft").names == ["707-320", "BAE 146-200"]
-    assert gu.load_images("inaturalist2018").names == ["Bufo bufo", "Rana temporaria"]
+    assert gu.load_images("inaturalist2018").names == ["Rana temporaria", "Bufo bufo"]
 
 
 def test_imagenet_and_its_variants_have_the_thousand_classes_in_the_order_of_their_ids(data, monkeypatch):
