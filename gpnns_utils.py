@@ -22,6 +22,7 @@ import platform
 import re
 import shutil
 import sys
+import threading
 import time
 import warnings
 import zipfile
@@ -979,35 +980,52 @@ def drop_unreadable(images: ImageSet, rows: np.ndarray) -> None:
 # --- neighbours ------------------------------------------------------------------------------------------------------
 
 
-def unit_rows(vectors: np.ndarray, what: str = "the vectors") -> np.ndarray:
-    """Rows divided by their length, float32. Raises ValueError for NaN, infinite or zero rows and names the first."""
-    vectors = checked(vectors, what)
-    with np.errstate(over="ignore"):
-        lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    if not np.isfinite(lengths).all():
-        raise ValueError(f"{what}: row {int(np.argmax(lengths))} is too long for float32; scale the vectors down")
-    if not lengths.all():
-        raise ValueError(f"{what}: row {int(np.argmin(lengths))} is zero and has no direction; leave that image out")
-    return vectors if np.allclose(lengths, 1, atol=1e-6) else vectors / lengths
+BLOCK, TILE = 1024, 2048  # queries and gallery rows whose scores are computed at a time: 8 MB, which caches hold
 
 
-def checked(vectors: np.ndarray, what: str = "the vectors") -> np.ndarray:
+def unit_rows(vectors: np.ndarray, what: str = "the vectors", first: int = 0) -> np.ndarray:
+    """Rows divided by their length, float32. Raises ValueError for NaN, infinite or zero rows and names the first,
+    counted from `first`."""
+    vectors = checked(vectors, what, first)
+    squares = np.vecdot(vectors, vectors)
+    if not squares.all():
+        row = first + int(np.argmin(squares))
+        raise ValueError(f"{what}: row {row} is zero and has no direction; leave that image out")
+    return vectors if np.allclose(squares, 1, atol=2e-6) else vectors / np.sqrt(squares)[:, None]
+
+
+def checked(vectors: np.ndarray, what: str = "the vectors", first: int = 0) -> np.ndarray:
     """A contiguous, finite float32 (n, d) array, or a ValueError that says what is wrong where."""
-    vectors = np.ascontiguousarray(vectors, dtype=np.float32)
-    if vectors.ndim != 2 or 0 in vectors.shape:
-        raise ValueError(f"{what} must be a non-empty array (n, d), not {vectors.shape}")
+    vectors = np.ascontiguousarray(table_of(vectors, what), dtype=np.float32)
+    with np.errstate(over="ignore"):
+        squares = np.vecdot(vectors, vectors)  # not finite where a row is not, and one pass over the data
+    if np.isfinite(squares).all():
+        return vectors
     finite = np.isfinite(vectors).all(axis=1)
-    if not finite.all():
+    if finite.all():
+        row = first + int(np.argmax(squares))
+        raise ValueError(f"{what}: row {row} is too long for float32; scale the vectors down")
+    raise ValueError(
+        f"{what}: row {first + int(np.argmin(finite))} holds NaN or infinite values ({(~finite).sum()} of {len(finite)} rows do); embed in float32, or leave it out"
+    )
+
+
+def table_of(vectors: np.ndarray, what: str) -> np.ndarray:
+    """Numbers of any kind as an array (n, d), not copied where that can be avoided; tensors come from their device."""
+    if isinstance(vectors, torch.Tensor):
+        vectors = vectors.detach().float().cpu().numpy()
+    vectors = np.asarray(vectors)
+    if vectors.ndim != 2 or 0 in vectors.shape:
         raise ValueError(
-            f"{what}: row {int(np.argmin(finite))} holds NaN or infinite values ({(~finite).sum()} of {len(finite)} rows do); embed in float32, or leave it out"
+            f"{what} must be a non-empty array (n, d), not {vectors.shape}; a single vector is written vector[None]"
         )
     return vectors
 
 
-def same_dimension(queries: np.ndarray, gallery: np.ndarray) -> None:
+def same_dimension(queries: np.ndarray, gallery: np.ndarray, what: str = "queries") -> None:
     if queries.shape[1] != gallery.shape[1]:
         raise ValueError(
-            f"queries have {queries.shape[1]} dimensions, the gallery {gallery.shape[1]}; embed both with the same encoder"
+            f"{what} have {queries.shape[1]} dimensions, the gallery {gallery.shape[1]}; embed both with the same encoder"
         )
 
 
@@ -1018,24 +1036,39 @@ def search(
     metric: str = "cosine",
     own: np.ndarray | None = None,
     index: faiss.Index | None = None,
+    bias: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The k nearest gallery rows of each query: (scores, rows), both (n, k), nearest first. Exact unless `index` is given.
 
-    metric: "cosine" (a similarity: larger is nearer), "l2" (Euclidean distance) or "hamming" (differing bits between
-    the signs of the vectors, as in the GP-NNS notebook). own: (n,) the gallery row that is the query itself, which is
-    left out of its results by identity; -1 for none. index: an approximate index made by `build_index`; where it finds
-    fewer than k, the remaining rows are -1.
+    metric: "cosine" (a similarity: larger is nearer), "inner" (the product of the vectors as they are), "l2" (Euclidean
+    distance) or "hamming" (differing bits between the signs of the vectors, as in the GP-NNS notebook). own: (n,) the
+    gallery row that is the query itself, which is left out of its results by identity; -1 for none. index: an
+    approximate index made by `build_index`; where it finds fewer than k, the remaining rows are -1. bias: (gallery,)
+    is subtracted from the scores, see `hub_bias`; an index must hold it already, see `with_bias`.
+
+    With cosine and inner the gallery may be of any size and number type, on disk too: it is read in tiles, and rows of
+    equal score come in their order. Raises ValueError for what cannot be searched.
     """
-    queries, gallery = checked(queries, "queries"), checked(gallery, "the gallery")
+    if np.ndim(queries) == 2 and len(queries) == 0:
+        return np.empty((0, k), np.float32), np.empty((0, k), np.int64)
+    queries, gallery = table_of(queries, "queries"), table_of(gallery, "the gallery")
     same_dimension(queries, gallery)
-    available = len(gallery) - (own is not None)
-    if not 1 <= k <= available:
+    check_k(k, len(gallery) - (own is not None), "gallery images")
+    if metric in ("cosine", "inner") and index is None:
+
+        def keep(kept, scores, first):
+            return nearest(kept, scores, first, k)
+
+        scores, rows = zip(*fold_scores(queries, gallery, keep, k, metric, bias, own), strict=True)
+        return np.concatenate(scores), np.concatenate(rows)
+    if bias is not None:
         raise ValueError(
-            f"k={k} neighbours cannot be found among {available} gallery images; choose k from 1 to {available}"
+            f"a bias belongs to the metrics cosine and inner and to exact search, not to {metric if index is None else 'an index'}; "
+            "build the index from with_bias(gallery, bias) and search it with with_bias(queries), metric='inner'"
         )
     reach = k + (own is not None)
-    if index is None:
-        index = build_index(gallery, "flat", metric)
+    queries, own = checked(queries, "queries"), checked_own(own, len(queries))
+    index = build_index(gallery, "flat", metric) if index is None else checked_index(index, gallery, metric)
     if metric == "hamming":
         scores, rows = index.search(binary_codes(queries), reach)
     else:
@@ -1044,10 +1077,214 @@ def search(
     if own is None:
         return scores, rows
     # The query's own row goes where it is found; where something else pushed it out, the last neighbour goes.
-    own = np.asarray(own)[:, None]
+    own = own[:, None]
     is_own = (rows == own) & (own >= 0)
     is_own[~is_own.any(axis=1), -1] = True
     return scores[~is_own].reshape(len(rows), k), rows[~is_own].reshape(len(rows), k)
+
+
+def check_k(k: int, available: int, what: str) -> None:
+    if not isinstance(k, (int, np.integer)) or not 1 <= k <= available:
+        raise ValueError(f"k={k} neighbours cannot be found among {available} {what}; choose k from 1 to {available}")
+
+
+def checked_own(own: np.ndarray | None, queries: int) -> np.ndarray | None:
+    if own is not None and np.shape(own) != (queries,):
+        raise ValueError(f"own needs one row number, or -1, for each of {queries} queries, not {np.shape(own)}")
+    return None if own is None else np.asarray(own)
+
+
+def checked_index(index: faiss.Index, gallery: np.ndarray, metric: str) -> faiss.Index:
+    """The index, if it can be one of this gallery under this metric; faiss itself would answer wrongly or abort."""
+    dimensions = 8 * ((gallery.shape[1] + 7) // 8) if metric == "hamming" else gallery.shape[1]
+    if (index.ntotal, index.d) != (len(gallery), dimensions):
+        raise ValueError(
+            f"the index holds {index.ntotal} rows of {index.d} dimensions, the gallery {len(gallery)} of {dimensions}; build it from this gallery"
+        )
+    measure = faiss.METRIC_L2 if metric == "l2" else faiss.METRIC_INNER_PRODUCT
+    if metric != "hamming" and index.metric_type != measure:
+        raise ValueError(f"the index was not built for the metric {metric}; use build_index(gallery, kind, {metric!r})")
+    return index
+
+
+def fold_scores(
+    queries: np.ndarray,
+    gallery: np.ndarray,
+    fold: Callable,
+    k: int,
+    metric: str,
+    bias: np.ndarray | None = None,
+    own: np.ndarray | None = None,
+    what: tuple[str, str] = ("queries", "the gallery"),
+) -> Iterator:
+    """All scores, computed once and never held: `kept = fold(kept, scores, first)` for each tile, yielded per block.
+
+    scores: float32 (queries of a block, gallery rows of a tile), which fold may overwrite; first: the gallery row of
+    the first column; kept: None at first. Tiles of any number type become float32 (unit rows for cosine) as they pass.
+    """
+    if metric not in ("cosine", "inner"):
+        raise ValueError(f"a bias and its references need the metric cosine or inner, not {metric!r}")
+    take = unit_rows if metric == "cosine" else checked
+    bias = None if bias is None else checked_bias(bias, len(gallery))
+    own = checked_own(own, len(queries))
+    workers = os.cpu_count() or 1
+    span = max(BLOCK, min(16 * BLOCK, 2**21 // k))  # queries at a time: their results are held, and tiles are read anew
+    buffers = threading.local()  # fresh memory for each tile would cost a tenth of the product
+
+    def advance(kept, start: int, block: np.ndarray, tile: np.ndarray, first: int):
+        if not hasattr(buffers, "scores"):
+            buffers.scores = np.empty(BLOCK * TILE, np.float32)
+        scores = buffers.scores[: len(block) * len(tile)].reshape(len(block), len(tile))
+        np.matmul(block, tile.T, out=scores)
+        if bias is not None:
+            scores -= bias[first : first + len(tile)]
+        if own is not None:
+            column = own[start : start + len(block)] - first
+            inside = np.flatnonzero((column >= 0) & (column < len(tile)))
+            scores[inside, column[inside]] = -np.inf
+        return fold(kept, scores, first)
+
+    # One product per core, rather than all cores on each product: then they also share the choosing.
+    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(workers) as pool:
+        for start in range(0, len(queries), span):
+            part = take(queries[start : start + span], what[0], start)
+            size = min(BLOCK, -(-len(part) // workers))
+            starts = range(0, len(part), size)
+            kept = [None] * len(starts)
+            for first in range(0, len(gallery), TILE):
+                tile = take(gallery[first : first + TILE], what[1], first)
+                jobs = [(kept[i], start + at, part[at : at + size], tile, first) for i, at in enumerate(starts)]
+                kept = list(pool.map(lambda job: advance(*job), jobs))
+            yield from kept
+
+
+def nearest(kept: tuple | None, scores: np.ndarray, first: int, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The k largest scores so far and their gallery rows, largest first; of equal scores the first row comes first."""
+    queries, width = len(scores), min(k, scores.shape[1])
+    if kept is not None and kept[0].shape[1] == k:
+        query, row = np.nonzero(scores > kept[0][:, -1:])
+    else:
+        query, row = np.nonzero(scores >= np.partition(scores, -width, axis=1)[:, -width, None])
+    values, row = scores[query, row], row + first
+    if kept is not None:
+        width = min(k, width + kept[0].shape[1])
+        query = np.concatenate([np.arange(queries).repeat(kept[0].shape[1]), query])
+        values, row = np.concatenate([kept[0].ravel(), values]), np.concatenate([kept[1].ravel(), row])
+    order = np.lexsort((-values, query))  # stable: earlier rows stay in front of equal ones
+    query = query[order]
+    order = order[np.arange(len(order)) - np.searchsorted(query, query) < width]
+    return values[order].reshape(queries, width), row[order].reshape(queries, width)
+
+
+def hub_bias(
+    gallery: np.ndarray,
+    references: np.ndarray,
+    k: int = 128,
+    alpha: float = 0.75,
+    metric: str = "cosine",
+    own: np.ndarray | None = None,
+    index: faiss.Index | None = None,
+) -> np.ndarray:
+    """Nearest Neighbor Normalization: how much too near each gallery row is to queries in general, float32 (n,).
+
+    The bias is alpha times the mean of the k largest scores of a gallery row with reference queries; subtracted from
+    its scores (`search(..., bias=bias)`) it takes hubs back. Source: NNN (2410.24114), equation 1; there alpha is 0.75
+    and k 128 for CLIP.
+
+    references: queries that stand for those to come, such as training captions; never the queries one measures on. own:
+    (n,) the reference that is the gallery row itself, left out; -1 for none. index: an approximate index of the
+    references; blocks of rows in which it finds fewer than k for any are searched exactly. Raises ValueError for what cannot be used.
+    """
+    if not np.isfinite(alpha) or alpha < 0:
+        raise ValueError(
+            f"alpha={alpha} is not a share of the mean score; choose a number from 0, which changes nothing, to about 1.5"
+        )
+    if index is None:
+        return np.float32(alpha) * reference_means(gallery, references, [k], metric, own)[0]
+    check_k(k, len(references) - (own is not None), "references")
+    means = np.empty(len(gallery), np.float32)
+    for start in range(0, len(gallery), BLOCK):
+        rows = slice(start, start + BLOCK)
+        own_here = None if own is None else checked_own(own, len(gallery))[rows]
+        scores, found = search(gallery[rows], references, k, metric, own_here, index)
+        if (found < 0).any():  # what an index misses is -1 with a score of minus infinity, which no mean may hold
+            scores, _ = search(gallery[rows], references, k, metric, own_here)
+        means[rows] = scores.mean(axis=1)
+    return np.float32(alpha) * means
+
+
+def reference_means(
+    gallery: np.ndarray,
+    references: np.ndarray,
+    ks: Sequence[int],
+    metric: str = "cosine",
+    own: np.ndarray | None = None,
+) -> np.ndarray:
+    """The mean of each gallery row's k largest scores with the references, for several k in one pass: (len(ks), n).
+
+    Exact; both sides are read in tiles, so that memory grows with neither. `alpha * reference_means(..., [k])[0]` is
+    `hub_bias`, so a sweep over k and alpha costs one pass.
+    """
+    gallery, references = table_of(gallery, "the gallery"), table_of(references, "the references")
+    same_dimension(references, gallery, "references")
+    for k in ks:
+        check_k(k, len(references) - (own is not None), "references")
+    means, most, done = np.empty((len(ks), len(gallery)), np.float32), max(ks), 0
+
+    def keep(kept, scores, first):
+        return largest(kept, scores, most)
+
+    for top in fold_scores(gallery, references, keep, most, metric, own=own, what=("the gallery", "references")):
+        sums = np.cumsum(np.sort(top, axis=1)[:, ::-1], axis=1)
+        for line, k in zip(means, ks, strict=True):
+            line[done : done + len(top)] = sums[:, k - 1] / np.float32(k)
+        done += len(top)
+    return means
+
+
+def largest(kept: np.ndarray | None, scores: np.ndarray, k: int) -> np.ndarray:
+    """The k largest scores so far, in any order."""
+    width = min(k, scores.shape[1])
+    scores.partition(scores.shape[1] - width, axis=1)
+    top = scores[:, -width:]
+    if kept is None:
+        return top.copy()
+    both = np.concatenate([kept, top], axis=1)
+    both.partition(max(0, both.shape[1] - k), axis=1)
+    return both[:, -k:]
+
+
+def with_bias(vectors: np.ndarray, bias: np.ndarray | None = None, metric: str = "cosine") -> np.ndarray:
+    """Vectors with one more dimension, in which an inner product subtracts the bias: float32 (n, d + 1).
+
+    with_bias(gallery, bias) goes into the index, with_bias(queries) asks it: the extra number of a query is -1. Any
+    index for inner products then ranks by the corrected score; one for cosine does not, for it undoes the bias.
+    """
+    vectors = unit_rows(vectors) if metric == "cosine" else checked(vectors)
+    extra = np.full(len(vectors), -1, np.float32) if bias is None else checked_bias(bias, len(vectors))
+    return np.concatenate([vectors, extra[:, None]], axis=1)
+
+
+def checked_bias(bias: np.ndarray, size: int) -> np.ndarray:
+    """A bias as float32 (size,), or a ValueError."""
+    bias = np.asarray(bias, dtype=np.float32)
+    if bias.shape != (size,) or not np.isfinite(bias).all():
+        raise ValueError(
+            f"a bias needs one finite number for each of {size} gallery rows, not {bias.shape}"
+            f"{'' if np.isfinite(bias).all() else ' with NaN or infinite values'}; make it with hub_bias(gallery, ...)"
+        )
+    return bias
+
+
+def score_matrix(
+    queries: np.ndarray, gallery: np.ndarray, bias: np.ndarray | None = None, metric: str = "cosine"
+) -> np.ndarray:
+    """All scores, float32 (queries, gallery), less the bias: for those who add up the scores of several models."""
+    take = unit_rows if metric == "cosine" else checked
+    queries, gallery = take(queries, "queries"), take(gallery, "the gallery")
+    same_dimension(queries, gallery)
+    scores = queries @ gallery.T
+    return scores if bias is None else np.subtract(scores, checked_bias(bias, len(gallery)), out=scores)
 
 
 def build_index(gallery: np.ndarray, kind: str = "hnsw", metric: str = "cosine") -> faiss.Index:
@@ -1061,9 +1298,9 @@ def build_index(gallery: np.ndarray, kind: str = "hnsw", metric: str = "cosine")
         raise ValueError(f"unknown kind of index {kind!r}; choose flat, hnsw or ivf")
     if metric == "hamming":
         index, rows = faiss.IndexBinaryFlat(8 * ((d + 7) // 8)), binary_codes(gallery)
-    elif metric in ("cosine", "l2"):
+    elif metric in ("cosine", "inner", "l2"):
         rows = unit_rows(gallery, "the gallery") if metric == "cosine" else gallery
-        measure = faiss.METRIC_INNER_PRODUCT if metric == "cosine" else faiss.METRIC_L2
+        measure = faiss.METRIC_L2 if metric == "l2" else faiss.METRIC_INNER_PRODUCT
         cells = max(1, int(np.sqrt(n)))
         recipes = {"flat": "Flat", "hnsw": "HNSW32,Flat", "ivf": f"IVF{cells},Flat"}
         index = faiss.index_factory(d, recipes[kind], measure)
@@ -1072,7 +1309,7 @@ def build_index(gallery: np.ndarray, kind: str = "hnsw", metric: str = "cosine")
             index.nprobe = max(1, cells // 10)
         index.train(rows)
     else:
-        raise ValueError(f"unknown metric {metric!r}; choose cosine, l2 or hamming")
+        raise ValueError(f"unknown metric {metric!r}; choose cosine, inner, l2 or hamming")
     index.add(rows)
     return index
 
@@ -1139,7 +1376,12 @@ def same_label(query_labels: np.ndarray, gallery_labels: np.ndarray) -> list[np.
 
 
 def rank_relevant(
-    queries: np.ndarray, gallery: np.ndarray, relevant: Sequence, leave_out: Sequence | None = None, ties: str = "group"
+    queries: np.ndarray,
+    gallery: np.ndarray,
+    relevant: Sequence,
+    leave_out: Sequence | None = None,
+    ties: str = "group",
+    bias: np.ndarray | None = None,
 ) -> np.ndarray:
     """The rank of every relevant gallery row in each query's full ranking: float64 (n, r), ascending, padded with inf.
 
@@ -1149,7 +1391,7 @@ def rank_relevant(
     relevant: for each query, the gallery rows to find. leave_out: for each query, rows that do not take part: the
     query itself, junk (-1 for none); they are taken out of `relevant` too. ties: "group" ranks rows of equal score at the end of
     their group, as scikit-learn does; "optimistic" and "pessimistic" put the relevant ones first or last, which
-    bounds what any order of ties can give.
+    bounds what any order of ties can give. bias: (gallery,) is subtracted from the scores, see `hub_bias`.
     """
     queries, gallery = unit_rows(queries, "queries"), unit_rows(gallery, "the gallery")
     same_dimension(queries, gallery)
@@ -1159,11 +1401,13 @@ def rank_relevant(
         raise ValueError(
             f"{len(queries)} queries need as many lists of relevant rows (and of rows to leave out), not {len(relevant)}"
         )
+    bias = 0 if bias is None else checked_bias(bias, len(gallery))
     workers = os.cpu_count() or 1
     block = max(1, min(256, 2**23 // (workers * len(gallery))))  # at most 32 MB of scores at a time
 
     def rank_block(start: int) -> list[np.ndarray]:
         scores = queries[start : start + block] @ gallery.T
+        scores -= bias
         found = []
         for query, row in enumerate(scores, start):
             if leave_out is not None:
@@ -1308,14 +1552,18 @@ def zero_shot_accuracy(images: np.ndarray, labels: np.ndarray, classes: np.ndarr
 
 
 def hubness(
-    queries: np.ndarray, gallery: np.ndarray, k: int = 10, own: np.ndarray | None = None
+    queries: np.ndarray,
+    gallery: np.ndarray,
+    k: int = 10,
+    own: np.ndarray | None = None,
+    bias: np.ndarray | None = None,
 ) -> tuple[float, np.ndarray]:
     """How unevenly images are found: (skewness, counts), counts[i] = in how many queries' first k row i appears.
 
     A skewness near 0 means that all rows are found about equally often; hubs, found by far too many queries, make it
     large (Radovanovic et al., JMLR 2010).
     """
-    _, rows = search(queries, gallery, k, own=own)
+    _, rows = search(queries, gallery, k, own=own, bias=bias)
     counts = np.bincount(rows.ravel(), minlength=len(gallery))
     spread = counts.std()
     return float(((counts - counts.mean()) ** 3).mean() / spread**3) if spread else 0.0, counts

@@ -273,13 +273,13 @@ def test_bad_vectors_and_bad_requests_say_what_and_where():
     zero = x.copy()
     zero[2] = 0
     cases = [
-        (lambda: gu.search(x, broken), "the gallery: row 3 holds NaN or infinite"),
-        (lambda: gu.search(broken, x), "queries: row 3 holds"),
+        (lambda: gu.search(x, broken, 2), "the gallery: row 3 holds NaN or infinite"),
+        (lambda: gu.search(broken, x, 2), "queries: row 3 holds"),
         (lambda: gu.search(x, zero, 2), "row 2 is zero"),
         (lambda: gu.search(x, x[:, :3], 2), "queries have 4 dimensions, the gallery 3"),
         (lambda: gu.search(x, x, 7), "k=7 neighbours cannot be found among 6"),
         (lambda: gu.search(x, x, 6, own=np.arange(6)), "choose k from 1 to 5"),
-        (lambda: gu.search(x, x, 2, "manhattan"), "choose cosine, l2 or hamming"),
+        (lambda: gu.search(x, x, 2, "manhattan"), "choose cosine, inner, l2 or hamming"),
         (lambda: gu.search(x[0], x, 2), "must be a non-empty array"),
         (lambda: gu.build_index(x, "tree"), "choose flat, hnsw or ivf"),
         (lambda: gu.build_index(x, "tree", "hamming"), "choose flat, hnsw or ivf"),

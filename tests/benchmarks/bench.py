@@ -13,6 +13,7 @@ import statistics
 import threading
 import time
 
+os.environ["TQDM_DISABLE"] = "1"  # nnn-retrieval draws a bar on each search
 import numpy as np
 import psutil
 
@@ -27,11 +28,12 @@ def gpr1200_like(classes: int = 1200, per_class: int = 10, dim: int = 512) -> tu
     return gu.unit_rows(rng.standard_normal((classes, dim), dtype=np.float32)[labels] + 2.5 * noise), labels
 
 
-def matrix_product(x: np.ndarray) -> None:
-    """All scores, in the same blocks as the course computes them, thrown away."""
-    block = np.empty((256, len(x)), dtype=np.float32)
+def matrix_product(x: np.ndarray, y: np.ndarray | None = None) -> None:
+    """All scores of x with y (itself if None) in blocks of 256 rows, thrown away."""
+    y = x if y is None else y
+    block = np.empty((256, len(y)), dtype=np.float32)
     for start in range(0, len(x), 256):
-        np.matmul(x[start : start + 256], x.T, out=block[: len(x[start : start + 256])])
+        np.matmul(x[start : start + 256], y.T, out=block[: len(x[start : start + 256])])
 
 
 def gpnns(x, labels):
@@ -238,7 +240,137 @@ def arcmargin_step(repeats: int) -> dict:
     return results
 
 
-ROWS = {"map_full_ranking": map_full_ranking, "arcmargin_step": arcmargin_step}
+NEAREST, ALPHA, FOUND = 128, 0.75, 10
+KS, ALPHAS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512], np.linspace(0.25, 2, 8)
+
+
+def nnn_data() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Unit rows: a gallery of 50,000, 20,000 references and 1,000 queries, of 512 dimensions."""
+    rng = np.random.default_rng(0)
+    return tuple(gu.unit_rows(rng.standard_normal((n, 512), dtype=np.float32)) for n in (50_000, 20_000, 1000))
+
+
+def package_ranker(gallery, references, k=NEAREST, batch_size=256):
+    """nnn-retrieval as its README calls it (batches of 256)."""
+    from nnn import NNNRanker, NNNRetriever
+
+    settings = {"alternate_ks": k, "alternate_weight": ALPHA, "batch_size": batch_size}
+    return NNNRanker(NNNRetriever(512), gallery, references, **settings)
+
+
+def package_rebuilt(gallery, references):
+    """All k and alpha with nnn-retrieval: a rebuild for each k, while alpha is free."""
+    return [
+        alpha * mean
+        for mean in (package_ranker(gallery, references, k, 1024).alignment_means[:, 0].numpy() for k in KS)
+        for alpha in ALPHAS
+    ]
+
+
+def faiss_flat(vectors):
+    import faiss
+
+    index = faiss.IndexFlatIP(vectors.shape[1])
+    index.add(vectors)
+    return index
+
+
+def nnn_methods(row: str, gallery, references, queries) -> dict:
+    """What is timed, by name. What comes before the colon of a lambda is ready before the clock starts."""
+    if row == "nnn_build":
+        return {
+            "gpnns": lambda: gu.hub_bias(gallery, references, NEAREST, ALPHA),
+            "nnn-retrieval": lambda: ALPHA * package_ranker(gallery, references).alignment_means[:, 0].numpy(),
+            "nnn-retrieval, batches of 1024": lambda: (
+                ALPHA * package_ranker(gallery, references, batch_size=1024).alignment_means[:, 0].numpy()
+            ),
+            "faiss flat": lambda: ALPHA * faiss_flat(references).search(gallery, NEAREST)[0].mean(axis=1),
+        }
+    if row == "nnn_sweep":
+        return {
+            "gpnns": lambda: [alpha * mean for mean in gu.reference_means(gallery, references, KS) for alpha in ALPHAS],
+            "gpnns, a rebuild for each k": lambda: [
+                alpha * mean for mean in (gu.hub_bias(gallery, references, k, 1) for k in KS) for alpha in ALPHAS
+            ],
+            "nnn-retrieval, a rebuild for each k": lambda: package_rebuilt(gallery, references),
+        }
+    few = references[:2000]  # which bias is subtracted does not matter to the clock
+    bias, ranker = gu.hub_bias(gallery, few, NEAREST, ALPHA), package_ranker(gallery, few)
+    index, longer = faiss_flat(gu.with_bias(gallery, bias)), gu.with_bias(queries)
+    return {
+        "gpnns": lambda: gu.search(queries, gallery, FOUND, bias=bias),
+        "nnn-retrieval": lambda: ranker.search(queries, FOUND),
+        "faiss flat, one dimension more": lambda: index.search(longer, FOUND),
+        "one query: gpnns": lambda: gu.search(queries[:1], gallery, FOUND, bias=bias),
+        "one query: nnn-retrieval": lambda: ranker.search(queries[:1], FOUND),
+        "one query: faiss flat, one dimension more": lambda: index.search(longer[:1], FOUND),
+    }
+
+
+def measure_nnn(row: str, name: str, repeats: int) -> tuple[dict, object]:
+    """Medians over alternations of the matrix product and a method, in this process; and what the method found."""
+    gallery, references, queries = nnn_data()
+    method = nnn_methods(row, gallery, references, queries)[name]
+    rows, columns = (
+        (queries[:1] if "one" in name[:3] else queries, gallery) if row == "nnn_search" else (gallery, references)
+    )
+    nnn_methods("nnn_build", gallery[:1000], references[:1000], queries)[
+        "gpnns" if "gpnns" in name else "nnn-retrieval"
+    ]()
+    matrix_product(rows[:1000], columns)
+    products, seconds, peak = [], [], 0
+    for _ in range(repeats):
+        start = time.perf_counter()
+        matrix_product(rows, columns)
+        products.append(time.perf_counter() - start)
+        with PeakMemory() as memory:
+            start = time.perf_counter()
+            found = method()
+            seconds.append(time.perf_counter() - start)
+        peak = max(peak, memory.megabytes)
+    ratio = statistics.median(b / a for a, b in zip(products, seconds, strict=True))
+    numbers = {"ratio": round(ratio, 3), "seconds": round(statistics.median(seconds), 4), "extra_mb": round(peak)}
+    return numbers, found
+
+
+def nnn_row(row: str, repeats: int) -> dict:
+    """One method after the other, each in a process of its own, and how far its numbers are from ours."""
+    context = multiprocessing.get_context("spawn")
+    results, ours = {}, {}
+    for name in nnn_methods(row, *(np.ones((600, 512), dtype=np.float32),) * 3):
+        with context.Pool(1) as pool:
+            result, found = pool.apply(measure_nnn, (row, name, 1 if "rebuild" in name else repeats))
+        kind = "one query" if name.startswith("one") else "all"
+        first = np.asarray(found[0] if row == "nnn_search" else found)
+        result["largest_difference"] = float(f"{np.abs(first - ours.setdefault(kind, first)).max():.1e}")
+        results[name] = result
+        print(f"{row}: {name:44} {result}", flush=True)
+    return results.pop("gpnns") | {"peers": results}
+
+
+def nnn_build(repeats: int) -> dict:
+    """The bias of a gallery of 50,000 x 512 from 20,000 references, k = 128, against their matrix product."""
+    return nnn_row("nnn_build", repeats)
+
+
+def nnn_search(repeats: int) -> dict:
+    """The 10 nearest of 50,000 for 1,000 queries and for one, bias subtracted, against the matrix product. Every bias
+    and index is ready beforehand."""
+    return nnn_row("nnn_search", repeats)
+
+
+def nnn_sweep(repeats: int) -> dict:
+    """The biases of 10 k and 8 alpha, of the same gallery and references, against one matrix product."""
+    return nnn_row("nnn_sweep", repeats)
+
+
+ROWS = {
+    "map_full_ranking": map_full_ranking,
+    "arcmargin_step": arcmargin_step,
+    "nnn_build": nnn_build,
+    "nnn_search": nnn_search,
+    "nnn_sweep": nnn_sweep,
+}
 
 
 def main() -> None:
