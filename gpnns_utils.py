@@ -10,6 +10,7 @@ import contextlib
 import csv
 import difflib
 import errno
+import functools
 import hashlib
 import html
 import importlib.util
@@ -211,6 +212,8 @@ class ImageSet:
 
     images: list of paths, or uint8 array (n, height, width, 3). labels: int64 (n,) class numbers. groups: (n,) domain
     names. captions: n lists of strings. names: class number -> readable name. left_out: files that could not be read.
+    crops: int (n, 4), the part that counts of each picture file: left, top, right, bottom in pixels; a right or bottom
+    below 1 counts from the other edge.
     """
 
     name: str
@@ -220,13 +223,16 @@ class ImageSet:
     captions: list[list[str]] | None = None
     names: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
+    crops: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, row: int) -> Image.Image:
         image = self.images[row]
-        return Image.fromarray(np.asarray(image)) if isinstance(self.images, np.ndarray) else open_image(image)
+        if isinstance(self.images, np.ndarray):
+            return Image.fromarray(np.asarray(image))
+        return open_image(image, None if self.crops is None else self.crops[row])
 
     def describe(self, row: int) -> str:
         """Where an image comes from, for messages: its path, or its row."""
@@ -236,14 +242,22 @@ class ImageSet:
         """The images of `rows` (numbers, or a boolean mask) as a new set."""
         rows = np.arange(len(self))[np.asarray(rows)]
         images = self.images[rows] if isinstance(self.images, np.ndarray) else [self.images[i] for i in rows]
-        labels, groups = (None if values is None else values[rows] for values in (self.labels, self.groups))
+        known = (self.labels, self.groups, self.crops)
+        labels, groups, crops = (None if values is None else values[rows] for values in known)
         captions = None if self.captions is None else [self.captions[i] for i in rows]
-        return ImageSet(self.name, images, labels, groups, captions, self.names, list(self.left_out))
+        return ImageSet(self.name, images, labels, groups, captions, self.names, list(self.left_out), crops)
 
 
-def open_image(path: Path) -> Image.Image:
-    """Read an image as RGB: turned upright as its EXIF data say, transparent parts on white, 16 bits cut to 8."""
+def open_image(path: Path, crop: Sequence[int] | None = None) -> Image.Image:
+    """Read an image as RGB: turned upright as its EXIF data say, transparent parts on white, 16 bits cut to 8.
+
+    crop: a box as in `ImageSet.crops`, in the pixels of the file.
+    """
     with Image.open(path) as image:
+        if crop is not None:
+            left, top, right, bottom = (int(edge) for edge in crop)
+            right, bottom = right + image.width * (right < 1), bottom + image.height * (bottom < 1)
+            image = image.crop((left, top, min(right, image.width), min(bottom, image.height)))
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):
             image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
@@ -254,12 +268,14 @@ def open_image(path: Path) -> Image.Image:
 
 
 def load_images(source: str | Path, split: str = "test") -> ImageSet:
-    """Load "mini" (the drawn world), a folder, or a .csv / .tsv table of images.
+    """Load "mini" (the drawn world), a data set by name, a folder, a table of images, or webdataset tars.
 
+    Names and their splits: data/README.md. What is nowhere yet is downloaded, where its authors allow that.
     Folder: `label/file`, `group/label/file`, or just files (no labels). Equal labels in two groups are one class. A
     subfolder named like `split` is used when there is one, and `captions.json` maps labels to lists of captions.
-    Table: a header line with `path` and, if known, `label`, `group`, `caption` (several: separated by `|`), `split`;
-    paths are relative to the table. Images are sorted by path, so that rows do not depend on the file system.
+    Table (.csv, .tsv, .parquet): columns `path` and, if known, `label`, `group`, `caption` (several: separated by `|`),
+    `split`; paths are relative to the table. Tars: one .tar, or a folder of them. Images of folders, tables and tars are
+    sorted by path, those of data sets as their lists are, so that rows do not depend on the file system.
     """
     if str(source) == "mini":
         world = load_module(DATA / "mini_world.py")
@@ -270,17 +286,22 @@ def load_images(source: str | Path, split: str = "test") -> ImageSet:
             progress.update(done)
 
         return ImageSet(name=f"mini {split}", **world.load_split(split, cache_folder(), report=report))
-    source = Path(source).expanduser()
+    if str(source) in dataset_module().TABLE:
+        return ImageSet(**dataset_module().load(str(source), split))
+    name, source = str(source), Path(source).expanduser()
     if not source.exists():
         raise FileNotFoundError(
-            f"no folder or table of images at {source.absolute()}; give a path, or 'mini' for the drawn world"
+            f"no folder or table of images at {source.absolute()}; give a path, 'mini' for the drawn world, or the name of a "
+            f"data set{suggest(name, list(dataset_module().TABLE))}"
         )
     if source.is_dir():
         rows = read_folder(source, split)
-    elif source.suffix.lower() in (".csv", ".tsv"):
+    elif source.suffix.lower() in (".csv", ".tsv", ".parquet"):
         rows = read_table(source, split)
+    elif source.suffix.lower() == ".tar":
+        rows = dataset_module().read_shards([source])
     else:
-        raise ValueError(f"{source} is neither a folder nor a .csv or .tsv table")
+        raise ValueError(f"{source} is neither a folder, a .csv, .tsv or .parquet table, nor a .tar")
     rows.sort(key=lambda row: str(row["path"]))
     labels = [row.get("label") or "" for row in rows]
     names, numbers = np.unique(labels, return_inverse=True)
@@ -304,6 +325,8 @@ def read_folder(folder: Path, split: str) -> list[dict]:
     """One dict per image file below `folder`, with label and group from the names of its folders."""
     top = folder / split if (folder / split).is_dir() else folder
     paths = [p for p in top.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")]
+    if not paths and (shards := list(top.glob("*.tar"))):
+        return dataset_module().read_shards(shards)
     if not paths:
         raise ValueError(f"no images below {top.absolute()} (looked for {', '.join(sorted(SUFFIXES))})")
     rows = []
@@ -318,9 +341,17 @@ def read_folder(folder: Path, split: str) -> list[dict]:
 
 
 def read_table(table: Path, split: str) -> list[dict]:
-    """One dict per line of a .csv or .tsv table whose first line names its columns."""
-    with open(table, encoding="utf-8-sig", newline="") as file:  # -sig: spreadsheets write a mark first
-        rows = list(csv.DictReader(file, delimiter="\t" if table.suffix.lower() == ".tsv" else ","))
+    """One dict per line of a table: .csv or .tsv, whose first line names its columns, or .parquet."""
+    if table.suffix.lower() == ".parquet":
+        try:
+            from pyarrow.parquet import read_table as read_parquet
+        except ImportError as error:
+            raise ImportError(f"{table} needs pyarrow (pip install pyarrow); or save the table as .csv") from error
+        lines = read_parquet(table).to_pylist()
+        rows = [{key: "" if value is None else str(value) for key, value in line.items()} for line in lines]
+    else:
+        with open(table, encoding="utf-8-sig", newline="") as file:  # -sig: spreadsheets write a mark first
+            rows = list(csv.DictReader(file, delimiter="\t" if table.suffix.lower() == ".tsv" else ","))
     if not rows or "path" not in rows[0]:
         raise ValueError(f"{table} needs a first line with a column named 'path' and at least one image below it")
     if "split" in rows[0]:
@@ -331,6 +362,12 @@ def read_table(table: Path, split: str) -> list[dict]:
         row["path"] = table.parent / row["path"]
         row["captions"] = [c.strip() for c in (row.get("caption") or "").split("|") if c.strip()]
     return rows
+
+
+@functools.cache
+def dataset_module():
+    """data/datasets.py, which knows the data sets of data/datasets.toml."""
+    return load_module(DATA / "datasets.py")
 
 
 def load_module(path: Path):
@@ -912,7 +949,7 @@ def content_digest(images: ImageSet, row: int) -> bytes:
         content = (
             image.tobytes() + str(image.shape).encode()
             if isinstance(images.images, np.ndarray)
-            else Path(image).read_bytes()
+            else Path(image).read_bytes() + (b"" if images.crops is None else repr(images.crops[row].tolist()).encode())
         )
     except OSError:
         content = f"unreadable {images.images[row]}".encode()
@@ -932,7 +969,8 @@ def drop_unreadable(images: ImageSet, rows: np.ndarray) -> None:
     if len(rows) == total:
         raise ValueError(f"{images.name}: none of the {total} images can be read; the first is {reasons[0]}")
     kept = images.subset(np.setdiff1d(np.arange(total), rows))
-    images.images, images.labels, images.groups, images.captions = kept.images, kept.labels, kept.groups, kept.captions
+    for part in ("images", "labels", "groups", "captions", "crops"):
+        setattr(images, part, getattr(kept, part))
     images.left_out += reasons
     shown = ", ".join(reasons[:5]) + (f" and {len(reasons) - 5} more" if len(reasons) > 5 else "")
     warnings.warn(
@@ -1718,6 +1756,7 @@ class TrainingImages(Dataset):
         """All that decides what is learned: pixels or paths, labels, and how views are made."""
         images = self.images.images
         content = np.asarray(images).tobytes() if isinstance(images, np.ndarray) else repr(images).encode()
+        content += b"" if self.images.crops is None else self.images.crops.tobytes()
         return content + self.labels.tobytes() + repr(self.transform).encode()
 
     def __getitem__(self, row: int) -> tuple[torch.Tensor, int]:

@@ -1,0 +1,980 @@
+"""Data sets by name: where they lie, how they are fetched, and how the layout of their authors is read.
+
+`gpnns_utils.load_images(name, split)` calls `load`. What differs from one data set to the next is in datasets.toml; a
+layout that no reader below understands yet is one more function in READERS. Each data set has a folder of its own name
+in one of the folders of the environment variable GPNNS_DATA (several: separated as in PATH), or in .cache/datasets.
+
+the table -> where data lie -> loading -> layouts -> downloads -> archives
+"""
+
+import csv
+import gzip
+import hashlib
+import http.client
+import json
+import lzma
+import os
+import pickle
+import shutil
+import ssl
+import stat
+import sys
+import tarfile
+import time
+import tomllib
+import urllib.error
+import urllib.request
+import warnings
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+import numpy as np
+
+import gpnns_utils as gu
+
+KAGGLE = Path("/kaggle/input")  # data sets that a Kaggle notebook was given; read only
+TRIES, PAUSE, TIMEOUT = 4, 3.0, 60.0  # downloads: attempts without progress, seconds between them, seconds of silence
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
+
+
+def read_table(path: Path) -> dict[str, dict]:
+    """datasets.toml as name -> entry. An entry that is `like` another takes over the fields it does not set itself."""
+    table = tomllib.loads(path.read_text(encoding="utf-8"))
+    return {
+        name: {"folder": entry.get("like", name), **table.get(entry.get("like"), {}), **entry}
+        for name, entry in table.items()
+    }
+
+
+TABLE = read_table(Path(__file__).with_name("datasets.toml"))
+
+
+def overview() -> list[dict]:
+    """One dict per data set: name, title, splits with their counts, licence, how to get it, where it was found."""
+    rows = []
+    for name, entry in TABLE.items():
+        splits = [split + (f" {counts[0]:,}" if counts else "") for split, counts in entry["splits"].items()]
+        found = {str(folder) for split in entry["splits"] if (folder := find(name, split))}
+        by_hand = "get" in entry or not all("url" in file for file in entry.get("files", []))
+        rows.append(
+            {
+                "name": name,
+                "title": entry["title"],
+                "images": ", ".join(splits),
+                "licence": entry.get("licence", "see its home page"),
+                "get": "by hand" if by_hand else "downloaded",
+                "found": ", ".join(sorted(found)) or "not found",
+            }
+        )
+    return rows
+
+
+# --- where data lie --------------------------------------------------------------------------------------------------
+
+
+def data_folders() -> list[Path]:
+    """The folders in which each data set has a folder of its own name, in the order in which they are searched."""
+    given = [Path(part).expanduser() for part in os.environ.get("GPNNS_DATA", "").split(os.pathsep) if part]
+    return [*given, gu.cache_folder() / "datasets"]
+
+
+def places(name: str) -> list[Path]:
+    """Where the data set may lie: its folder in each of `data_folders`."""
+    return [folder / TABLE[name]["folder"] for folder in data_folders()]
+
+
+def find(name: str, split: str) -> Path | None:
+    """The folder that holds what a split needs, or None; never one whose download was interrupted."""
+    markers = for_split(TABLE[name]["marker"], split)
+    for place in places(name):
+        if not (place / f".incomplete_{split}").exists() and (folder := find_below(place, markers)):
+            return folder
+    return find_below(KAGGLE, markers, depth=6)
+
+
+def for_split(value, split: str):
+    """A field's value, or its value for this split where the table has one for each."""
+    return value[split] if isinstance(value, dict) else value
+
+
+def find_below(top: Path, markers: list[list[str]], depth: int = 4) -> Path | None:
+    """The first folder, `top` or below, in which all paths of one marker exist. Archives and sites add folders on top."""
+    level = [top] if top.is_dir() else []
+    for _ in range(depth + 1):
+        for folder in level:
+            for paths in markers:
+                if all(next(folder.glob(p), None) if "*" in p else (folder / p).exists() for p in paths):
+                    return folder
+        # many subfolders are classes, or train/a/b/c: nothing to find there, and slow to look through
+        below = [subfolders(folder) for folder in level[:300]]
+        level = [sub for subs in below if len(subs) <= 100 for sub in subs]
+    return None
+
+
+def subfolders(folder: Path) -> list[Path]:
+    """The visible folders in a folder, by name."""
+    with os.scandir(folder) as entries:
+        names = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith((".", "__MACOSX")))
+    return [folder / name for name in names]
+
+
+def images_in(folder: Path) -> list[Path]:
+    """The image files in a folder, by name."""
+    with os.scandir(folder) as entries:
+        names = sorted(e.name for e in entries if is_image(e.name))
+    return [folder / name for name in names]
+
+
+def images_below(folder: Path) -> list[Path]:
+    """The image files in a folder and all its subfolders, by path."""
+    found = []
+    for top, _, names in os.walk(folder, followlinks=True):
+        found += [Path(top, name) for name in names if is_image(name)]
+    return sorted(found)
+
+
+def is_image(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in gu.SUFFIXES and not name.startswith(".")
+
+
+# --- loading ---------------------------------------------------------------------------------------------------------
+
+
+def load(name: str, split: str = "test") -> dict:
+    """The fields of an ImageSet for one split of a data set, fetched first when it is nowhere and may be downloaded.
+
+    Raises ValueError for a split that does not exist and for numbers of images or classes other than the table's,
+    FileNotFoundError for what must be got by hand, ConnectionError when a download fails.
+    """
+    rows, names = read(name, split)
+    entry, numbers = TABLE[name], None
+    wanted = [row for row in rows if row["split"] == split]
+    if "label" in wanted[0]:
+        labels = [row["label"] for row in wanted]
+        if names is None:  # labels are texts: number those of the splits that share classes, in alphabetical order
+            together = {split, *(entry.get("same_classes", []) if split in entry.get("same_classes", []) else [])}
+            names = sorted({row["label"] for row in rows if row["split"] in together})
+            number = {label: i for i, label in enumerate(names)}
+            labels = [number[label] for label in labels]
+        numbers = np.array(labels, dtype=np.int64)
+    check_counts(entry, split, wanted, numbers)
+    first = wanted[0]
+    return {
+        "name": f"{name} {split}",
+        "images": [row["path"] for row in wanted],
+        "labels": numbers,
+        "groups": np.array([row["group"] for row in wanted]) if "group" in first else None,
+        "captions": [row["captions"] for row in wanted] if "captions" in first else None,
+        "names": names or [],
+        "crops": np.array([row["crop"] for row in wanted], dtype=np.int64) if "crop" in first else None,
+    }
+
+
+def read(name: str, split: str) -> tuple[list[dict], list[str] | None]:
+    """The rows of a data set as its reader gives them: of `split`, and of other splits where one list holds both."""
+    entry = TABLE[name]
+    if split not in entry["splits"]:
+        raise ValueError(f"{entry['title']} has no split {split!r}; {name} has {', '.join(entry['splits'])}")
+    folder = find(name, split) or fetch(name, split)
+    try:
+        rows, names = READERS[entry["layout"]](folder, split, entry)
+    except BROKEN_LIST as error:
+        if entry["title"] in str(error) or str(folder) in str(error):
+            raise  # it says what is wrong already
+        raise ValueError(
+            f"{entry['title']}: the lists in {folder} are not as its authors hand them out ({type(error).__name__}: {error}); get them again"
+        ) from error
+    if not any(row["split"] == split for row in rows):
+        raise ValueError(f"{entry['title']}, {split}: no images below {folder}; look at the layout in data/README.md")
+    return rows, names
+
+
+BROKEN_LIST = (KeyError, IndexError, TypeError, AttributeError, ValueError)  # what a list with other columns leads to
+
+
+def check_counts(entry: dict, split: str, rows: list[dict], numbers: np.ndarray | None) -> None:
+    """Raise ValueError when a split has not as many images and classes as the table says."""
+    classes = None if numbers is None else len(np.unique(numbers))
+    for what, expected, found in zip(("images", "classes"), entry["splits"][split], (len(rows), classes), strict=False):
+        if found != expected:
+            word = "missing" if found < expected else "too many"
+            raise ValueError(
+                f"{entry['title']}, {split}: expected {expected:,} {what} and found {found:,} below "
+                f"{common_folder(rows)} ({abs(found - expected):,} {word}); compare with {entry['home']}, or unpack again"
+            )
+
+
+def check_listed(rows: list[dict], split: str, entry: dict) -> None:
+    """Compare a data set's lists with its files. ValueError when listed images are missing, a warning for others.
+
+    rows: of every split whose images lie together, so that an image of another split is not called unknown.
+    """
+    top = common_folder(rows)
+    found = {str(path) for path in images_below(top)}
+    wanted = [str(row["path"]) for row in rows if row["split"] == split]
+    if missing := [path for path in wanted if path not in found]:
+        raise ValueError(
+            f"{entry['title']}, {split}: expected {len(wanted):,} images and found {len(wanted) - len(missing):,} below {top}; "
+            f"{missing[0]} is missing. Unpack its archive again"
+        )
+    unlisted, expected = found - {str(row["path"]) for row in rows}, entry.get("unlisted", 0)
+    if expected != "any" and len(unlisted) != expected:
+        example = f", for example {min(unlisted)}" if unlisted else ""
+        warnings.warn(
+            f"{entry['title']}: expected {expected:,} images below {top} that are in none of its lists, and found "
+            f"{len(unlisted):,}{example}; they are left out",
+            stacklevel=6,
+        )
+
+
+def common_folder(rows: list[dict]) -> Path:
+    """The deepest folder that holds the images of all rows."""
+    return Path(os.path.commonpath({os.path.dirname(row["path"]) for row in rows}))
+
+
+def ground_truth(name: str) -> list[dict]:
+    """For each image of split "query" a dict of rows of split "gallery": "easy", "hard", "junk", as revisited_map takes.
+
+    Revisited Oxford and Paris: as their authors judged. Google Landmarks: all relevant images are under "easy". Other
+    data sets with a query and a gallery split: images that share a class, under "easy", the same file under "junk".
+    """
+    entry = TABLE[name]
+    if not {"query", "gallery"} <= set(entry["splits"]):
+        raise ValueError(f"{entry['title']} has no query and gallery splits: its labels say what is relevant")
+    if entry["layout"] == "revisited":
+        truth = read_revisited(find(name, "query") or fetch(name, "query"), entry)["gnd"]
+        return [{key: np.atleast_1d(np.asarray(one[key], dtype=np.int64)) for key in TRUTH} for one in truth]
+    queries = [row for row in read(name, "query")[0] if row["split"] == "query"]
+    gallery = [row for row in read(name, "gallery")[0] if row["split"] == "gallery"]
+    rows_of: dict = {}  # what makes an image relevant -> rows of the gallery: its name for Google Landmarks, else its class
+    for i, row in enumerate(gallery):
+        keys = [Path(row["path"]).stem] if entry["layout"] == "gldv2" else row.get("labels", [row["label"]])
+        for key in keys:
+            rows_of.setdefault(key, []).append(i)
+    file_row = {str(row["path"]): i for i, row in enumerate(gallery)}
+    truth = []
+    for row in queries:
+        own = file_row.get(str(row["path"]))
+        wanted = {i for key in row.get("relevant", row.get("labels", [row["label"]])) for i in rows_of.get(key, [])}
+        easy, junk = sorted(wanted - {own}), [] if own is None else [own]
+        truth.append(dict(zip(TRUTH, (np.array(part, dtype=np.int64) for part in (easy, [], junk)), strict=True)))
+    return truth
+
+
+TRUTH = ("easy", "hard", "junk")
+
+
+# --- layouts ---------------------------------------------------------------------------------------------------------
+# read_*(folder, split, entry) -> (rows, names). A row: path, split, and what is known of label, group, captions, crop
+# (left, top, right, bottom; a right or bottom below 1 counts from the other edge). Either names is None and labels are
+# readable texts, or labels are numbers and names lists all classes.
+
+
+def lines_of(path: Path) -> list[list[str]]:
+    """The lines of a text file, split at spaces."""
+    return [line.split() for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+
+
+def read_json(path: Path):
+    """The content of a .json file; ValueError names a damaged one."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); get it again") from error
+
+
+def read_csv(path: Path) -> Iterator[dict]:
+    """The lines of a .csv file as dicts, one at a time: some have millions."""
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        yield from csv.DictReader(file)
+
+
+def read_mat(path: Path) -> dict:
+    """A MATLAB file as plain dicts and arrays. scipy comes with scikit-learn; only these files need it."""
+    from scipy.io import loadmat
+
+    try:
+        return loadmat(path, simplify_cells=True)
+    except Exception as error:  # loadmat raises whatever the broken bytes lead to
+        raise ValueError(f"{path} cannot be read ({type(error).__name__}: {error}); get it again") from error
+
+
+def first_of(folder: Path, *paths: str) -> Path:
+    """The first of several relative paths that exists, else the first: the message for a missing file then names it."""
+    return next((folder / path for path in paths if (folder / path).exists()), folder / paths[0])
+
+
+def read_gpr1200(folder: Path, split: str, entry: dict):
+    """GPR1200: `images/CLASS_name.jpg`; 200 classes for each of six domains, in this order."""
+    domains = ("landmarks", "nature", "sketches", "objects", "products", "faces")
+    per_domain = entry["splits"][split][1] // len(domains)
+    texts = folder / "categoryNumber_to_text.json"
+    texts = read_json(texts) if texts.exists() else {}
+    rows = []
+    for path in images_in(folder / "images"):
+        number = path.name.split("_")[0]
+        if not number.isdigit() or int(number) >= per_domain * len(domains):
+            raise ValueError(f"{entry['title']}: {path} does not begin with a class number, as in 12_name.jpg")
+        rows.append({"path": path, "split": split, "label": int(number), "group": domains[int(number) // per_domain]})
+    rows.sort(key=lambda row: (row["label"], row["path"].name))  # numbers, not texts: 2 comes before 10
+    return rows, [str(texts.get(str(i), f"class {i}")) for i in range(per_domain * len(domains))]
+
+
+def read_instre(folder: Path, split: str, entry: dict):
+    """INSTRE: `INSTRE-S1/01a_canada_book/001.jpg`; every folder is a class, as GP-NNS measures it."""
+    paths = [path for part in ("INSTRE-S1", "INSTRE-S2", "INSTRE-M") for path in images_below(folder / part)]
+    return [{"path": p, "split": split, "label": p.parent.relative_to(folder).as_posix()} for p in paths], None
+
+
+def read_revisited_pixels(folder: Path, split: str, entry: dict):
+    """Revisited Oxford and Paris: the images of one list, in its order; queries are cut to their box."""
+    truth = read_revisited(folder, entry)
+    top = folder / "jpg" if (folder / "jpg").is_dir() else folder
+    paths = {path.stem: path for path in images_below(top)}
+    rows = []
+    for kind, stems in (("query", truth["qimlist"]), ("query_full", truth["qimlist"]), ("gallery", truth["imlist"])):
+        for i, stem in enumerate(stems):
+            row = {"path": paths.get(str(stem), top / f"{stem}.jpg"), "split": kind}
+            if kind == "query":
+                row["crop"] = np.rint(np.ravel(truth["gnd"][i]["bbx"])).astype(np.int64)
+            rows.append(row)
+    check_listed(rows, split, entry)
+    return [row for row in rows if row["split"] == split], None
+
+
+def read_revisited(folder: Path, entry: dict) -> dict:
+    """imlist, qimlist and gnd (per query: easy, hard, junk as rows from 0, and bbx) from the .pkl, else the .mat file."""
+    path = folder / f"{entry['ground_truth']}.pkl"
+    if path.exists():
+        try:
+            with open(path, "rb") as file:
+                return PlainPickle(file, encoding="latin1").load()
+        except (pickle.UnpicklingError, EOFError, IndexError) as error:
+            raise ValueError(f"{path} is damaged ({error}); get it again") from error
+    truth = read_mat(path.with_suffix(".mat"))
+    truth = {key: np.atleast_1d(truth[key]) for key in ("imlist", "qimlist", "gnd")}
+    for one in truth["gnd"]:
+        for key in TRUTH:
+            one[key] = np.atleast_1d(one[key]).astype(np.int64) - 1  # MATLAB counts from 1
+    return truth
+
+
+class PlainPickle(pickle.Unpickler):
+    """Reads lists, dicts, texts, numbers and numpy arrays; a pickle that asks for more could run code, and is refused."""
+
+    def find_class(self, module: str, name: str):
+        module = module.replace("numpy._core", "numpy.core")
+        known = {
+            ("numpy", "ndarray"): np.ndarray,
+            ("numpy", "dtype"): np.dtype,
+            ("numpy.core.multiarray", "_reconstruct"): np.zeros(0).__reduce__()[0],
+            ("numpy.core.multiarray", "scalar"): np.float64(0).__reduce__()[0],
+            ("_codecs", "encode"): lambda text, encoding: text.encode("latin1"),
+            ("__builtin__", "bytes"): bytes,
+        }
+        if (module, name) not in known:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no ground truth needs")
+        return known[module, name]
+
+
+def read_cub(folder: Path, split: str, entry: dict):
+    """CUB-200-2011: numbered lists of images, classes, and the class of each image."""
+    names = dict(lines_of(folder / "classes.txt"))
+    classes = dict(lines_of(folder / "image_class_labels.txt"))
+    rows = []
+    for number, path in lines_of(folder / "images.txt"):
+        rows.append(
+            {
+                "path": folder / "images" / path,
+                "split": "train" if int(classes[number]) <= entry["train_classes"] else "test",
+                "label": names[classes[number]].split(".", 1)[-1].replace("_", " "),
+            }
+        )
+    check_listed(rows, split, entry)
+    return rows, None
+
+
+def read_cars(folder: Path, split: str, entry: dict):
+    """Cars196: `car_ims/` with one list, or `cars_train/` and `cars_test/` with one list each."""
+    if (folder / "cars_annos.mat").exists():
+        lists = [(folder, read_mat(folder / "cars_annos.mat"))]
+        names = lists[0][1]["class_names"]
+    else:
+        test = first_of(folder, "cars_test_annos_withlabels.mat", "devkit/cars_test_annos_withlabels.mat")
+        lists = [
+            (folder / "cars_train", read_mat(folder / "devkit" / "cars_train_annos.mat")),
+            (folder / "cars_test", read_mat(test)),
+        ]
+        names = read_mat(folder / "devkit" / "cars_meta.mat")["class_names"]
+    rows = []
+    for top, content in lists:
+        for image in np.atleast_1d(content["annotations"]):
+            kind = "train" if int(image["class"]) <= entry["train_classes"] else "test"
+            path = top / str(image.get("relative_im_path", image.get("fname")))
+            rows.append({"path": path, "split": kind, "label": str(names[int(image["class"]) - 1])})
+    check_listed(rows, split, entry)
+    return rows, None
+
+
+def read_sop(folder: Path, split: str, entry: dict):
+    """Stanford Online Products: Ebay_train.txt and Ebay_test.txt with image, class, kind of product and path."""
+    rows = []
+    for kind in ("train", "test"):
+        for _, number, _, path in lines_of(folder / f"Ebay_{kind}.txt")[1:]:
+            label = f"{path.split('/')[0].removesuffix('_final').replace('_', ' ')} {int(number):05d}"
+            rows.append({"path": folder / path, "split": kind, "label": label})
+    check_listed(rows, split, entry)
+    return rows, None
+
+
+def read_adience(folder: Path, split: str, entry: dict):
+    """Adience: `faces/USER/coarse_tilt_aligned_face.PERSON.PHOTO.jpg`, or `aligned/`."""
+    rows = []
+    for path in images_below(first_of(folder, "aligned", "faces")):
+        parts = path.name.split(".")
+        if len(parts) < 4:
+            raise ValueError(f"{entry['title']}: {path} names no person, as in landmark_aligned_face.12.photo.jpg")
+        rows.append({"path": path, "split": split, "label": f"person {int(parts[-3]):05d}"})
+    return rows, None
+
+
+def read_flowers(folder: Path, split: str, entry: dict):
+    """Flowers102: `jpg/image_00001.jpg`, the class of each image, and the image numbers of each split."""
+    from torchvision.datasets import Flowers102  # its authors' files do not hold the names of the classes
+
+    labels, parts = read_mat(folder / "imagelabels.mat")["labels"], read_mat(folder / "setid.mat")
+    names = getattr(Flowers102, "classes", None) or [f"flower {i + 1}" for i in range(102)]
+    rows = []
+    for kind, key in (("train", "trnid"), ("validation", "valid"), ("test", "tstid")):
+        for i in np.atleast_1d(parts[key]):
+            path = folder / "jpg" / f"image_{i:05d}.jpg"
+            rows.append({"path": path, "split": kind, "label": int(labels[i - 1]) - 1})
+    check_listed(rows, split, entry)
+    return rows, list(names)
+
+
+def read_aircraft(folder: Path, split: str, entry: dict):
+    """FGVC Aircraft: `data/images/1234567.jpg` and a list of image and variant for each split."""
+    names = [line.strip() for line in (folder / "data" / "variants.txt").read_text().splitlines() if line.strip()]
+    rows = []
+    for kind, part in (("train", "train"), ("validation", "val"), ("test", "test")):
+        for image, *variant in lines_of(folder / "data" / f"images_variant_{part}.txt"):
+            path = folder / "data" / "images" / f"{image}.jpg"
+            rows.append({"path": path, "split": kind, "label": names.index(" ".join(variant))})
+    check_listed(rows, split, entry)
+    return rows, names
+
+
+def imagenet_classes() -> tuple[dict[str, int], list[str]]:
+    """WordNet id -> class number (0 to 999, in the order of the ids), and the name of each class for prompts."""
+    import open_clip
+    from timm.data import ImageNetInfo
+
+    numbers = {wnid: i for i, wnid in enumerate(ImageNetInfo("imagenet-1k").label_names())}
+    return numbers, list(open_clip.IMAGENET_CLASSNAMES)
+
+
+def read_imagenet(folder: Path, split: str, entry: dict):
+    """ImageNet and its variants: a folder per class, named by WordNet id (or class number, in V2); val also without."""
+    numbers, names = imagenet_classes()
+    top = folder / entry["folders"][split]
+    rows = []
+    for sub in subfolders(top):
+        number = numbers.get(sub.name, int(sub.name) if sub.name.isdigit() else -1)  # "10" is class 10, not the third
+        if not 0 <= number < len(names):
+            raise ValueError(f"{entry['title']}: {sub} is not named like an ImageNet class (n01440764, or 0 to 999)")
+        rows += [{"path": path, "split": split, "label": number} for path in images_in(sub)]
+    if not rows and (paths := images_in(top)):
+        of_image = validation_labels(folder, entry)
+        if unknown := [path for path in paths if path.stem not in of_image]:
+            raise ValueError(f"{entry['title']}: no label for {len(unknown):,} of {len(paths):,} images: {unknown[0]}")
+        rows = [{"path": path, "split": split, "label": numbers[of_image[path.stem]]} for path in paths]
+    rows.sort(key=lambda row: (row["label"], row["path"].name))
+    return rows, names
+
+
+def validation_labels(folder: Path, entry: dict) -> dict[str, str]:
+    """Image -> WordNet id for validation images in one flat folder, from Kaggle's table or the authors' devkit."""
+    table = first_of(folder, "LOC_val_solution.csv", "../../../LOC_val_solution.csv")
+    if table.exists():
+        return {row["ImageId"]: row["PredictionString"].split()[0] for row in read_csv(table)}
+    devkit = folder / "ILSVRC2012_devkit_t12" / "data"
+    wnid = {int(s["ILSVRC2012_ID"]): str(s["WNID"]) for s in read_mat(devkit / "meta.mat")["synsets"]}
+    ids = [int(number) for (number,) in lines_of(devkit / "ILSVRC2012_validation_ground_truth.txt")]
+    return {f"ILSVRC2012_val_{i:08d}": wnid[number] for i, number in enumerate(ids, 1)}
+
+
+def read_objectnet(folder: Path, split: str, entry: dict):
+    """ObjectNet: `images/air_freshener/1.png`; "test" keeps the classes that ImageNet has too. The border is cut off."""
+    labels = read_json(folder / "mappings" / "folder_to_objectnet_label.json")
+    both = read_json(folder / "mappings" / "objectnet_to_imagenet_1k.json")
+    rows = []
+    for sub in subfolders(folder / "images"):
+        if sub.name not in labels:
+            raise ValueError(f"{entry['title']}: {sub} is not in mappings/folder_to_objectnet_label.json")
+        if split == "all" or labels[sub.name] in both:
+            same = {"split": split, "label": labels[sub.name], "crop": entry["crop"]}
+            rows += [{"path": path} | same for path in images_in(sub)]
+    return rows, None
+
+
+def objectnet_in_imagenet() -> dict[str, list[int]]:
+    """Class of ObjectNet -> numbers of the ImageNet classes that count as right, for the 113 that both have."""
+    folder = (find("objectnet", "test") or fetch("objectnet", "test")) / "mappings"
+    texts = [line.strip() for line in (folder / "imagenet_to_label_2012_v2").read_text(encoding="utf-8").splitlines()]
+    number = {int(line): int(i) for i, line in read_json(folder / "pytorch_to_imagenet_2012_id.json").items()}
+    both = read_json(folder / "objectnet_to_imagenet_1k.json")
+    return {name: [number[texts.index(text) + 1] for text in same.split("; ")] for name, same in both.items()}
+
+
+def read_karpathy(folder: Path, split: str, entry: dict):
+    """COCO and Flickr30k: Karpathy's list of images, each with its split and captions, of which the first five count."""
+    content = read_json(first_of(folder, entry["list"], f"caption_datasets/{entry['list']}"))
+    top = first_of(folder, *entry["folders"])
+    kinds = {part: kind for kind, parts in entry["parts"].items() for part in parts}
+    rows = []
+    for image in content["images"]:
+        captions = [" ".join(sentence["raw"].split()) for sentence in image["sentences"][:5]]
+        path = top / image.get("filepath", "") / image["filename"]
+        rows.append({"path": path, "split": kinds[image["split"]], "captions": captions})
+    parents = {os.path.dirname(row["path"]) for row in rows if row["split"] == split}
+    check_listed([row for row in rows if os.path.dirname(row["path"]) in parents], split, entry)
+    return rows, None
+
+
+def read_in_shop(folder: Path, split: str, entry: dict):
+    """In-Shop: `img/WOMEN/Dresses/id_00000002/02_1_front.jpg` and one list of image, item and split."""
+    lines = lines_of(first_of(folder, "list_eval_partition.txt", "Eval/list_eval_partition.txt"))
+    top = folder if (folder / "img").is_dir() else folder / "Img"
+    rows = [{"path": top / path, "split": kind, "label": item} for path, item, kind in lines[2:]]
+    if len(rows) != int(lines[0][0]):
+        raise ValueError(
+            f"{entry['title']}: the list says {int(lines[0][0]):,} images and has {len(rows):,}; get it again"
+        )
+    check_listed(rows, split, entry)
+    return rows, None
+
+
+def read_gldv2(folder: Path, split: str, entry: dict):
+    """Google Landmarks v2: `train/a/b/c/abc....jpg`, one .csv for each split. Queries without a landmark are left out."""
+    top = folder / {"query": "test", "gallery": "index"}.get(split, "train")
+    paths = {path.stem: path for path in images_below(top)}
+
+    def row(image: str, landmark: str) -> dict:
+        path = paths.get(image, top / image[0] / image[1] / image[2] / f"{image}.jpg")
+        return {"path": path, "split": split, "label": f"landmark {int(landmark):06d}"}
+
+    rows, names = [], None
+    if split in ("query", "gallery"):  # both number all landmarks of the index
+        landmark = {line["id"]: line["landmark_id"] for line in read_csv(folder / "index_image_to_landmark.csv")}
+        names = [f"landmark {number:06d}" for number in sorted({int(number) for number in landmark.values()})]
+    if split == "gallery":
+        rows = [row(image, number) for image, number in landmark.items()]
+    elif split == "query":
+        for line in read_csv(folder / "retrieval_solution_v2.1.csv"):
+            if line["Usage"] != "Ignored" and line["images"] not in ("", "None"):
+                relevant = line["images"].split()
+                rows.append(row(line["id"], landmark[relevant[0]]) | {"relevant": relevant})
+    elif split == "train" and (folder / "train_clean.csv").exists():
+        for line in read_csv(folder / "train_clean.csv"):
+            rows += [row(image, line["landmark_id"]) for image in line["images"].split()]
+    else:  # on Kaggle train.csv is the clean list already
+        rows = [row(line["id"], line["landmark_id"]) for line in read_csv(folder / "train.csv")]
+    check_listed(rows, split, entry)
+    if names is not None:
+        number = {name: i for i, name in enumerate(names)}
+        rows = [one | {"label": number[one["label"]]} for one in rows]
+    return rows, names
+
+
+def read_products10k(folder: Path, split: str, entry: dict):
+    """Products-10K: `train/1.jpg` and `test/1.jpg`, with a .csv of image and class for each."""
+    rows = []
+    for kind, table in (("train", "train.csv"), ("test", "test_kaggletest.csv")):
+        for line in read_csv(folder / table):
+            label = f"product {int(line['class']):05d}"
+            rows.append({"path": folder / kind / line["name"], "split": kind, "label": label})
+    check_listed([row for row in rows if row["split"] == split], split, entry)
+    return rows, None
+
+
+def read_inaturalist2018(folder: Path, split: str, entry: dict):
+    """iNaturalist 2018: `train_val2018/Aves/1234/abc.jpg`, with a .json of images and annotations for each split."""
+    rows, names = [], {}
+    for kind, part in (("train", "train2018.json"), ("test", "val2018.json")):
+        content = read_json(folder / part)
+        names |= {category["id"]: str(category["name"]) for category in content["categories"]}
+        classes = {one["image_id"]: one["category_id"] for one in content["annotations"]}
+        for image in content["images"]:
+            rows.append({"path": folder / image["file_name"], "split": kind, "label": classes[image["id"]]})
+    check_listed(rows, split, entry)
+    return rows, [names.get(i, f"class {i}") for i in range(max(names, default=-1) + 1)]
+
+
+def read_inaturalist2021(folder: Path, split: str, entry: dict):
+    """iNaturalist 2021: a folder per species, `train/00000_Animalia_..._Genus_species/`; its number is the class."""
+    rows, names = [], {}
+    for sub in subfolders(folder / entry["folders"][split]):
+        number, *taxonomy = sub.name.split("_")
+        if not number.isdigit():
+            raise ValueError(f"{entry['title']}: {sub} does not begin with the number of a species")
+        names[int(number)] = " ".join(taxonomy[-2:])
+        rows += [{"path": path, "split": split, "label": int(number)} for path in images_in(sub)]
+    return rows, [names.get(i, f"class {i}") for i in range(max(names, default=-1) + 1)]
+
+
+def read_uned(folder: Path, split: str, entry: dict):
+    """UnED: `info_files/DOMAIN/SPLIT.json` lists path and class; a domain without an index searches its test images."""
+    rows = []
+    for domain in entry["domains"]:
+        lists = folder / "info_files" / domain
+        files = {"train": "train.json", "validation": "val.json", "query": "test.json", "gallery": "index.json"}
+        kinds = ("query", "gallery") if split in ("query", "gallery") else (split,)  # two that number classes together
+        for kind in kinds:
+            for image in read_json(first_of(lists, files[kind], "test.json")):
+                classes = image["class_id"] if isinstance(image["class_id"], list) else [image["class_id"]]
+                labels = [f"{domain} {int(number):06d}" for number in classes]
+                row = {"path": uned_path(folder / "images", image["path"]), "split": kind, "group": domain}
+                rows.append(row | {"label": labels[0], "labels": labels})
+    wanted = [row for row in rows if row["split"] == split]
+    check_listed(wanted, split, entry)
+    return rows, None
+
+
+def uned_path(top: Path, path: str) -> Path:
+    """An image of UnED. RP2K has Chinese names, which some unzip programs write as #U4e00: both are found."""
+    if path.isascii() or (top / path).exists():
+        return top / path
+    return top / "".join(letter if letter.isascii() else f"#U{ord(letter):04x}" for letter in path)
+
+
+READERS = {
+    "gpr1200": read_gpr1200,
+    "instre": read_instre,
+    "revisited": read_revisited_pixels,
+    "cub": read_cub,
+    "cars": read_cars,
+    "sop": read_sop,
+    "adience": read_adience,
+    "flowers": read_flowers,
+    "aircraft": read_aircraft,
+    "imagenet": read_imagenet,
+    "objectnet": read_objectnet,
+    "karpathy": read_karpathy,
+    "in_shop": read_in_shop,
+    "gldv2": read_gldv2,
+    "products10k": read_products10k,
+    "inaturalist2018": read_inaturalist2018,
+    "inaturalist2021": read_inaturalist2021,
+    "uned": read_uned,
+}
+
+
+def read_shards(shards: Sequence[Path]) -> list[dict]:
+    """Rows for `load_images` from webdataset tars: files with the same name up to the first point are one sample.
+
+    The image of a sample is a .jpg, .png ...; its label is in .cls or under "label" in .json, its captions are the
+    lines of .txt or under "caption" in .json. The tars are unpacked once, into the cache.
+    """
+    shards = sorted(Path(shard).absolute() for shard in shards)
+    about = repr([(str(shard), shard.stat().st_size, shard.stat().st_mtime_ns) for shard in shards])
+    folder = gu.cache_folder() / "shards" / hashlib.blake2b(about.encode(), digest_size=8).hexdigest()
+    rows = []
+    for i, shard in enumerate(shards):
+        target = folder / f"{i:05d}_{shard.stem}"
+        if not target.exists():
+            unpack(shard, target)
+        samples: dict[str, dict[str, Path]] = {}
+        for path in sorted(p for p in target.rglob("*") if p.is_file()):
+            key, _, suffix = path.name.partition(".")
+            samples.setdefault(str(path.parent / key), {})["." + suffix.lower()] = path
+        for parts in samples.values():
+            image = next((path for suffix, path in parts.items() if suffix in gu.SUFFIXES), None)
+            if image is not None:
+                rows.append({"path": image, **sample_facts(parts)})
+    if not rows:
+        raise ValueError(f"no images in {shards[0]}" + (f" and {len(shards) - 1} more" if len(shards) > 1 else ""))
+    if all(row.get("label", "").isdigit() for row in rows):  # class numbers: in the order of the numbers
+        width = max(len(row["label"]) for row in rows)
+        rows = [row | {"label": row["label"].zfill(width)} for row in rows]
+    return rows
+
+
+def sample_facts(parts: dict[str, Path]) -> dict:
+    """Label and captions of one webdataset sample."""
+    facts = read_json(parts[".json"]) if ".json" in parts else {}
+    label = parts[".cls"].read_text().strip() if ".cls" in parts else facts.get("label", "")
+    captions = parts[".txt"].read_text(encoding="utf-8").splitlines() if ".txt" in parts else facts.get("caption", [])
+    captions = [captions] if isinstance(captions, str) else captions or []
+    return {"label": str(label), "captions": [caption.strip() for caption in captions if caption.strip()]}
+
+
+# --- downloads -------------------------------------------------------------------------------------------------------
+
+
+def fetch(name: str, split: str) -> Path:
+    """Unpack what lies there packed, download what may be downloaded, and return the folder of the data set.
+
+    FileNotFoundError says what must be got by hand and where to put it. Files that are there already stay as they are;
+    one that lies in another, perhaps read-only, folder is linked.
+    """
+    entry = TABLE[name]
+    target = writable_place(name)
+    todo = []
+    for file in files_for(entry, split):
+        for place in (p for p in places(name) if not (target / file["gives"]).exists()):
+            if (place / file["gives"]).exists():
+                (target / file["gives"]).parent.mkdir(parents=True, exist_ok=True)
+                (target / file["gives"]).symlink_to((place / file["gives"]).absolute())
+        if not (target / file["gives"]).exists():
+            around = Path(file["gives"]).parent / file["name"]  # index/images_000.tar: three splits use this name
+            packed = [place / path for place in places(name) for path in (around, file["name"])]
+            todo.append(file | {"packed": next((path for path in packed if path.is_file()), None)})
+    by_hand = [file for file in todo if file["packed"] is None and "url" not in file]
+    note = target / f".incomplete_{split}"  # half of a data set must not be taken for all of it after a break
+    if by_hand or not (todo or note.exists()):
+        raise FileNotFoundError(by_hand_message(name, split, by_hand, target))
+    note.touch()
+    downloads = [file for file in todo if file["packed"] is None]
+    if downloads:
+        terms = f" Licence: {entry['licence']}." if "licence" in entry else ""
+        print(f"{entry['title']} was not found: downloading {shown(downloads)} to {target}.{terms}", file=sys.stderr)
+    for file in todo:
+        packed = file["packed"] or download(
+            file["url"], target / Path(file["gives"]).parent / file["name"], file.get("size"), file.get("md5")
+        )
+        if file["packed"] is not None:
+            verify(packed, file.get("size"), file.get("md5"))
+        if is_archive(file["name"]):
+            unpack(packed, target / file["gives"], file.get("nested", False))
+            if file["packed"] is None:
+                packed.unlink()  # it would take the same room again; one that was put there by hand stays
+        elif file["packed"] is not None:
+            (target / file["gives"]).symlink_to(packed.absolute())
+    note.unlink()
+    if folder := find(name, split):
+        return folder
+    raise ValueError(
+        f"{entry['title']}: {target} holds all files, but not {' or '.join(map(' and '.join, for_split(entry['marker'], split)))}; "
+        f"remove the folder and run again, or arrange the files as data/README.md says"
+    )
+
+
+def files_for(entry: dict, split: str) -> Iterator[dict]:
+    """The files that a split needs: numbered ones one by one, `gives` and `url` filled in."""
+    for file in entry.get("files", []):
+        if split in file.get("splits", entry["splits"]):
+            for i in range(file.get("count", 1)):
+                numbered = {key: file[key].format(i) for key in ("name", "gives") if key in file}
+                urls = {"url": [url.format(i) for url in file["url"]]} if "url" in file else {}
+                yield {"gives": numbered["name"], **file, **numbered, **urls}
+
+
+def writable_place(name: str) -> Path:
+    """The data set's folder in the first of `data_folders` that can be written to; made when it is not there."""
+    for place in places(name):
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            continue
+        if os.access(place, os.W_OK):
+            return place
+    raise OSError(
+        f"none of {', '.join(map(str, data_folders()))} can be written to; set GPNNS_DATA to a folder that can"
+    )
+
+
+def shown(files: list[dict]) -> str:
+    """The names of some files; the first of many."""
+    return ", ".join(file["name"] for file in files[:4]) + (f" and {len(files) - 4} more" if len(files) > 4 else "")
+
+
+def by_hand_message(name: str, split: str, files: list[dict], target: Path) -> str:
+    """What to get, from where, and where to put it."""
+    entry = TABLE[name]
+    how = f" ({entry['get']})" if "get" in entry else ""
+    layouts = " or ".join(" and ".join(paths) for paths in for_split(entry["marker"], split))
+    return (
+        f"{entry['title']} was not found in {', '.join(map(str, places(name)))} and cannot be downloaded without you. "
+        f"Get {shown(files) or 'it'} from {entry['home']}{how} and put it into {target}, packed or as {layouts}"
+    )
+
+
+def download(urls: Sequence[str], path: Path, size: int | None = None, md5: str | None = None) -> Path:
+    """Fetch a file from the first of `urls` that answers, and return `path`.
+
+    A broken download goes on where it stopped, also after a restart; `path` appears when the file is complete and its
+    size and checksum are right. ConnectionError when no URL answers, ValueError for wrong bytes, OSError without room.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".part")
+    failures, attempt = 0, 0
+    while True:
+        url, before = urls[attempt % len(urls)], file_size(partial)
+        try:
+            receive(url, partial, path.name, size)
+            break
+        except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError) as error:
+            final = isinstance(error, urllib.error.HTTPError) and error.code < 500  # not there: do not ask again
+            attempt, failures = attempt + 1, failures + 1 if file_size(partial) <= before else 0
+            if failures >= (len(urls) if final else max(TRIES, len(urls))):
+                reason = getattr(error, "reason", None) or error
+                raise ConnectionError(
+                    f"could not download {url} ({reason}); {file_size(partial):,} bytes are kept in {partial}. Run again when "
+                    f"online to go on from there, or get the file elsewhere and save it as {path}"
+                ) from error
+            time.sleep(PAUSE if failures and not final else 0)
+        except OSError as error:
+            if error.errno is None:
+                raise  # it says what is wrong already
+            raise gu.disk_error(path, error, f"{file_size(partial):,} bytes are kept in {partial}") from error
+    try:
+        verify(partial, size, md5)
+    except ValueError:
+        forget(partial)  # going on from wrong bytes would never become right
+        raise
+    os.replace(partial, path)
+    forget(partial)
+    return path
+
+
+def receive(url: str, partial: Path, label: str, size: int | None) -> None:
+    """One attempt: append to `partial` what is still missing, or begin again when the server cannot go on."""
+    have, tag = file_size(partial), partial.with_name(partial.name + ".tag")
+    request = urllib.request.Request(url, headers={"User-Agent": "gpnns"})
+    if have and tag.exists():  # only of the very same file; without a tag only size and checksum could tell
+        request.add_header("Range", f"bytes={have}-")
+        request.add_header("If-Range", tag.read_text())
+    try:
+        response = urllib.request.urlopen(request, timeout=TIMEOUT)
+    except urllib.error.HTTPError as error:
+        if error.code != 416:  # nothing from there on: all is here already, or it is not the same file
+            raise
+        if (error.headers.get("Content-Range") or "").rpartition("/")[2] != str(have):
+            forget(partial)
+            raise ConnectionError("the file on the server is another one now") from error
+        return
+    with response:
+        if getattr(response, "status", None) != 206:
+            have = 0
+        length = response.headers.get("Content-Length")
+        total = have + int(length) if length else size
+        if size and total != size:
+            raise ValueError(
+                f"{url} has {total:,} bytes, expected {size:,}: the file was changed. Look at its home page"
+            )
+        free = shutil.disk_usage(partial.parent).free
+        if total and total - have > free:
+            raise OSError(
+                f"{label} needs {(total - have) / 1e6:,.0f} MB and {partial.parent} has {free / 1e6:,.0f} MB free; set GPNNS_DATA to a larger disk"
+            )
+        if not have:
+            tag.unlink(missing_ok=True)
+            mark = response.headers.get("ETag") or response.headers.get("Last-Modified") or "W/"
+            if not mark.startswith("W/"):  # a weak tag does not promise the same bytes
+                tag.write_text(mark)
+        progress = gu.Progress((total or 0) // 2**20, f"downloading {label}", "MB", done=have // 2**20)
+        with open(partial, "ab" if have else "wb") as file:
+            while block := response.read(2**20):
+                file.write(block)
+                have += len(block)
+                progress.update(have // 2**20)
+    if total and have < total:
+        raise ConnectionError(f"the connection broke after {have:,} of {total:,} bytes")
+
+
+def verify(path: Path, size: int | None, md5: str | None) -> None:
+    """Raise ValueError when a file has not the size or checksum that the table gives."""
+    if size and file_size(path) != size:
+        raise ValueError(f"{path} has {file_size(path):,} bytes, expected {size:,}; remove it and get it again")
+    if md5:
+        with open(path, "rb") as file:
+            found = hashlib.file_digest(file, "md5").hexdigest()
+        if found != md5:
+            raise ValueError(f"{path} has the checksum {found}, expected {md5}; remove it and get it again")
+
+
+def file_size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def forget(partial: Path) -> None:
+    """Remove a partial download and what is known about it."""
+    for path in (partial, partial.with_name(partial.name + ".tag")):
+        path.unlink(missing_ok=True)
+
+
+# --- archives --------------------------------------------------------------------------------------------------------
+
+
+DAMAGED = (
+    tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError,
+    RuntimeError,  # a zip that asks for a password
+)  # fmt: skip
+
+
+def is_archive(name: str) -> bool:
+    return name.endswith((".tar", ".tar.gz", ".tgz", ".zip"))
+
+
+def unpack(archive: Path, target: Path, nested: bool = False) -> None:
+    """Unpack a tar or zip archive so that `target` appears at once and complete; `nested`: the tars in it too.
+
+    Where the archive holds something named like `target` at its top, that becomes `target`, else all of it. ValueError,
+    with nothing written, for an archive that is damaged or tries to write elsewhere: absolute paths, `..`, links.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.unpacking")
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+    try:
+        partial.mkdir()
+        for name, source in members(archive):
+            path = partial / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with source, open(path, "wb") as file:
+                shutil.copyfileobj(source, file, 2**20)
+        for inner in sorted(partial.glob("*.tar")) if nested else []:  # one per class: ImageNet's training set
+            unpack(inner, inner.with_suffix(""))
+            inner.unlink()
+        inner = partial / target.name
+        os.replace(inner if inner.exists() else partial, target)
+    except DAMAGED as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{archive} cannot be unpacked ({reason}); remove it and get it again") from error
+    except OSError as error:
+        raise gu.disk_error(target, error, f"nothing of {archive.name} was kept") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def members(archive: Path) -> Iterator[tuple[str, object]]:
+    """(name, open file) of every file in a tar or zip archive. Raises ValueError for a name that leads outside."""
+    progress = gu.Progress(max(file_size(archive) // 2**20, 1), f"unpacking {archive.name}", "MB")
+    with open(archive, "rb") as raw:
+        if zipfile.is_zipfile(raw):
+            with zipfile.ZipFile(raw) as packed:
+                for member in packed.infolist():
+                    progress.update(raw.tell() // 2**20)
+                    refuse(archive, member.filename, stat.S_ISLNK(member.external_attr >> 16))
+                    if not member.is_dir():
+                        yield member.filename, packed.open(member)
+            return
+        raw.seek(0)
+        with tarfile.open(fileobj=raw, mode="r:*") as packed:
+            for member in packed:
+                progress.update(raw.tell() // 2**20)
+                refuse(archive, member.name, not (member.isfile() or member.isdir()))
+                if member.isfile():
+                    yield member.name, packed.extractfile(member)
+
+
+def refuse(archive: Path, name: str, special: bool) -> None:
+    """Raise ValueError for a member that could end up outside the folder: no data set needs one."""
+    parts = PurePosixPath(name.replace("\\", "/"))
+    if special or parts.is_absolute() or PureWindowsPath(name).drive or ".." in parts.parts or "\0" in name:
+        kind = "a link or device" if special else "a path outside its folder"
+        raise ValueError(f"{archive} holds {name!r}, {kind}: it is not unpacked. Get it from the data set's home page")

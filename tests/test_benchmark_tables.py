@@ -1,0 +1,660 @@
+"""Scores of what other programs computed (notebook 02), and the papers' tables (notebook 07)."""
+
+import json
+import re
+from dataclasses import replace
+from types import SimpleNamespace
+
+import nbformat
+import numpy as np
+import open_clip
+import papermill as pm
+import pytest
+import test_datasets as in_small
+import timm
+import torch
+import yaml
+from conftest import lift
+from PIL import Image
+from sklearn.metrics import average_precision_score
+from sklearn.neighbors import KNeighborsClassifier
+from torchvision import transforms
+
+import gpnns_utils as gu
+
+REAL_CACHE = gu.cache_folder()
+data = in_small.data  # the fixture: an empty folder of data sets, and no network
+
+# --- notebook 02: vectors and rankings of other programs ---
+
+
+@pytest.fixture(scope="module")
+def two():
+    return lift("02")
+
+
+@pytest.fixture
+def photos(folder):
+    return gu.load_images(folder)
+
+
+def saved(path, array):
+    np.save(path, array)
+    return str(path)
+
+
+def nearest_first(vectors, k=None):
+    scores = vectors @ vectors.T
+    return np.argsort(-scores, axis=1)[:, :k]
+
+
+def oracle(vectors, labels, leave_out_query):
+    """mAP (query in or out) by scikit-learn, from the scores."""
+    scores, values = vectors @ vectors.T, []
+    for query, row in enumerate(scores):
+        kept = np.arange(len(row)) != query if leave_out_query else np.full(len(row), True)
+        values.append(average_precision_score(labels[kept] == labels[query], row[kept]))
+    return np.mean(values)
+
+
+@pytest.mark.parametrize("leave_out_query", [True, False])
+@pytest.mark.parametrize("lists_hold_the_query", [True, False])
+def test_a_full_ranking_scores_as_the_vectors_it_came_from(two, leave_out_query, lists_hold_the_query):
+    rng, labels = np.random.default_rng(0), np.repeat(np.arange(6), 5)
+    vectors = gu.unit_rows(rng.normal(size=(30, 8)).astype(np.float32) + 2 * np.eye(8)[labels])
+    lists = nearest_first(vectors)
+    if not lists_hold_the_query:
+        lists = np.array([row[row != query] for query, row in enumerate(lists)])
+    ranks = two.listed_ranks(lists, gu.same_label(labels, labels), leave_out_query)
+    expected = oracle(vectors, labels, leave_out_query)
+    assert gu.mean_average_precision(ranks).mean == pytest.approx(expected, abs=1e-5)
+
+
+def test_what_a_short_list_leaves_out_was_not_found_and_minus_one_is_nobody(two):
+    lists, relevant = np.array([[0, 1, -1], [1, 2, -1], [2, 1, 0], [3, 2, 1]]), [np.array([0, 1, 3])] * 4
+    ranks = two.listed_ranks(lists, relevant, leave_out_query=True)
+    score = gu.mean_average_precision(ranks).per_query
+    assert score[0] == pytest.approx(1 / 2), "one of two found, at rank 1"
+    assert score[1] == pytest.approx(0, abs=1e-6) and score[3] == pytest.approx((1 / 2) / 2)
+    assert gu.recall_at_k(ranks, 3).per_query.tolist() == [1, 0, 1, 1]
+
+
+def test_rows_are_checked_against_names_that_lie_beside_them(two, photos, tmp_path):
+    file = saved(tmp_path / "vectors.npy", np.eye(12))
+    names = [f"{path.parent.name}/{path.name}" for path in photos.images]
+    (tmp_path / "vectors.txt").write_text("\n".join(names) + "\n")
+    assert two.load_rows(file, photos).shape == (12, 12)
+    (tmp_path / "vectors.txt").write_text("\n".join(names[:2] + names[:1:-1]))
+    with pytest.raises(ValueError, match=r"vectors.txt, line 3 says 'red/3.png', but image 2 is .*blue/2.png"):
+        two.load_rows(file, photos)
+    (tmp_path / "vectors.txt").write_text("\n".join(names[:4]))
+    with pytest.raises(ValueError, match="line 5 says 'nothing'"):
+        two.load_rows(file, photos)
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.ones((11, 3)), r"holds an array \(11, 3\); it needs a row for each of 12 images"),
+        (np.ones(12), r"holds an array \(12,\)"),
+        (np.ones((12, 0)), r"holds an array \(12, 0\)"),
+        (np.array([{}] * 12), "cannot be read as an array .* numbers only"),
+    ],
+)
+def test_a_file_that_cannot_hold_rows_of_these_images_is_refused(two, photos, tmp_path, array, message):
+    with pytest.raises(ValueError, match=message):
+        two.load_rows(saved(tmp_path / "rows.npy", array), photos)
+
+
+def test_a_file_that_is_not_there_is_said_with_the_kind_it_should_be(two, photos):
+    with pytest.raises(ValueError, match="nowhere.npy cannot be read .*No such file.* that numpy.save wrote"):
+        two.load_rows("nowhere.npy", photos)
+
+
+def test_vectors_with_nan_are_refused_with_file_and_row(two, photos, tmp_path):
+    file = saved(tmp_path / "broken.npy", np.where(np.arange(12)[:, None] == 4, np.nan, np.ones((12, 3))))
+    with pytest.raises(ValueError, match="broken.npy: row 4 holds NaN"):
+        gu.unit_rows(two.load_rows(file, photos), file)
+
+
+CIRCLE = (np.arange(12)[:, None] + np.arange(5)) % 12  # each image first, then those that follow it
+
+
+@pytest.mark.parametrize(
+    ("lists", "message"),
+    [
+        (CIRCLE.astype(float), "holds float64; neighbours are row numbers, whole numbers from 0 to 11"),
+        (CIRCLE + 1, "the list of image 7 names a row outside 0 to 11; count from 0"),
+        (np.where(CIRCLE == 3, 2, CIRCLE), "the list of image 0 names an image twice"),
+        (CIRCLE[:, ::-1], "0% of the images are their own first neighbour.*from near to far"),
+        (np.roll(CIRCLE, 2, axis=0), "0% of the images are their own first neighbour.*row i belongs to image i"),
+    ],
+)
+def test_lists_that_cannot_be_right_are_refused(two, photos, tmp_path, lists, message):
+    with pytest.raises(ValueError, match=message):
+        two.load_neighbours(saved(tmp_path / "lists.npy", lists), photos)
+
+
+def test_lists_with_or_without_the_query_and_of_any_whole_numbers_are_taken(two, photos, tmp_path):
+    for lists in (CIRCLE, CIRCLE[:, 1:], CIRCLE.astype(np.uint16), np.where(CIRCLE[:, -1:] == CIRCLE, -1, CIRCLE)):
+        assert two.load_neighbours(saved(tmp_path / "lists.npy", lists), photos).tolist() == lists.tolist()
+
+
+@pytest.mark.notebook
+def test_notebook_02_scores_the_files_of_another_program_like_its_own_encoder(folder, photos, tmp_path, results, cache):
+    profile, out = results
+    vectors = gu.embed_images(gu.load_encoder("pixels"), photos)
+    mine = {"profile": profile, "images": str(folder), "encoders": "pixels", "dimensions": 4}
+    mine["embeddings"] = saved(tmp_path / "theirs.npy", 3 * vectors.astype(np.float16))
+    mine["indices"] = saved(tmp_path / "ranked.npy", nearest_first(vectors))
+    notebook = gu.HERE / "notebooks" / "02_benchmark_encoders.ipynb"
+    run = {"kernel_name": "python3", "cwd": str(gu.HERE), "progress_bar": False}
+    pm.execute_notebook(notebook, tmp_path / "o.ipynb", mine, **run)
+    rows = json.loads((out / "02_benchmark_encoders.json").read_text())["rows"]
+    for metric in ("mAP", "mAP (self included)"):
+        values = {r["model"]: r["value"] for r in rows if r["metric"] == metric and r["group"] == "all"}
+        for model in ("file:theirs", "file:ranked"):
+            assert values[model] == pytest.approx(values["pixels"], abs=0.1), (model, metric)
+
+
+# --- notebook 07: a column is data, a task is a function ---
+
+
+@pytest.fixture(scope="module")
+def seven():
+    return lift("07")
+
+
+@pytest.fixture(scope="module")
+def mini():
+    return gu.load_encoder("mini", device="cpu")
+
+
+def planted(count, classes, seed=0, dim=16):
+    """Labels, and vectors that find their class more or less."""
+    rng = np.random.default_rng(seed)
+    labels = np.sort(rng.integers(0, classes, count))
+    vectors = rng.normal(size=(count, dim)) + 1.5 * np.eye(dim)[labels % dim]
+    return labels, gu.unit_rows(vectors.astype(np.float32))
+
+
+def image_set(labels, captions=None, names=()):
+    images = np.zeros((len(labels), 2, 2, 3), np.uint8)
+    return gu.ImageSet("planted", images, labels=labels, captions=captions, names=list(names))
+
+
+@pytest.mark.parametrize(("table", "published"), [("gpnns", "gpnns_table4"), ("mcip", "mcip_table1")])
+def test_the_columns_are_those_of_the_published_table_in_its_order(seven, table, published):
+    columns = getattr(seven, f"{table}_columns")()
+    printed = [key for key in gu.load_published(published)[0] if key.split("_")[-1] in ("map", "r1", "knn", "zs", "r5")]
+    assert [column[0] for column in columns] == printed
+    for name, source, gallery, task, metric in columns:
+        for part in filter(None, (source, gallery)):
+            data_set, split = part.split(":")
+            assert split in gu.dataset_module().TABLE[data_set]["splits"], part
+        expected = {
+            "map": ("image_to_image", "revisited"),
+            "r1": ("image_to_image",),
+            "knn": ("knn",),
+            "zs": ("zero_shot",),
+            "r5": ("text_to_image",),
+        }
+        assert task in expected[name.split("_")[-1]] and metric
+
+
+def test_the_query_takes_part_exactly_where_the_papers_let_it(seven):
+    columns = {c[0]: c for c in seven.gpnns_columns() + seven.mcip_columns()}
+    included = {name for name, column in columns.items() if "self included" in column[4]}
+    assert included == {"instre_map", "gpr1200_map", "adience_map"}
+    assert columns["roxford_map"][1:3] == ("roxford:query_full", "roxford:gallery"), "GP-NNS asks with whole pictures"
+    bases = {name: c[2] for name, c in columns.items() if c[3] == "knn"}
+    own = {"flowers_knn": "flowers:train", "aircraft_knn": "aircraft:train", "fgvca_knn": "aircraft:train"}
+    assert bases == {name: own.get(name, "imagenet:train") for name in bases} and len(bases) == 8
+
+
+@pytest.mark.parametrize("metric", ["mAP", "mAP (self included)", "R@1"])
+def test_image_to_image_agrees_with_scikit_learn(seven, mini, metric):
+    labels, vectors = planted(60, 8)
+    column, kept = ("x", "s:test", "", "image_to_image", metric), {(id(mini), "s:test"): vectors}
+    score, units = seven.image_to_image(mini, column, {"s:test": image_set(labels)}, kept)
+    scores = vectors @ vectors.T
+    if metric == "R@1":
+        np.fill_diagonal(scores, -1)
+        expected = np.mean(labels[scores.argmax(axis=1)] == labels)
+    else:
+        expected = oracle(vectors, labels, leave_out_query="self" not in metric)
+    assert score.mean == pytest.approx(expected, abs=1e-5) and units is labels
+
+
+def test_a_twin_of_the_query_counts_as_a_neighbour_and_not_as_the_query(seven, mini):
+    labels, vectors = np.array([0, 1, 0, 1]), np.eye(4, dtype=np.float32)[[0, 0, 1, 2]]
+    kept = {(id(mini), "s:test"): vectors}  # images 0 and 1 are the same picture with two labels
+    column = ("x", "s:test", "", "image_to_image", "R@1")
+    score, _ = seven.image_to_image(mini, column, {"s:test": image_set(labels)}, kept)
+    assert score.per_query[:2].tolist() == [0, 0], "dropping the first neighbour blindly would count these as found"
+
+
+@pytest.mark.parametrize("with_gallery", [True, False])
+def test_the_vote_is_that_of_scikit_learn_with_21_neighbours_and_weights_of_a_tenth(seven, mini, with_gallery):
+    labels, vectors = planted(90, 5)
+    known_labels, known = planted(120, 7, seed=1)
+    column = ("x", "q:test", "q:train" if with_gallery else "", "knn", "accuracy")
+    sets = {"q:test": image_set(labels), "q:train": image_set(known_labels)}
+    kept = {(id(mini), "q:test"): vectors, (id(mini), "q:train"): known}
+    score, units = seven.knn(mini, column, sets, kept)
+    asks = np.full(90, True)
+    if not with_gallery:
+        for label in np.unique(labels):
+            asks[np.flatnonzero(labels == label)[::2]] = False
+        known_labels, known = labels[~asks], vectors[~asks]
+
+    def weights(distances):  # of unit vectors: cos = 1 - d^2 / 2
+        return np.exp((1 - np.asarray(distances) ** 2 / 2) / 0.1)
+
+    vote = KNeighborsClassifier(21, weights=weights, algorithm="brute").fit(known, known_labels)
+    expected = vote.predict(vectors[asks]) == labels[asks]
+    assert score.per_query.tolist() == expected.tolist() and units.tolist() == labels[asks].tolist()
+
+
+def test_oxford_is_measured_by_its_ground_truth_under_medium_and_refuses_a_gap(seven, mini, monkeypatch):
+    rng = np.random.default_rng(0)
+    queries, gallery = (gu.unit_rows(rng.normal(size=(n, 8)).astype(np.float32)) for n in (3, 40))
+    truth = [
+        {k: np.arange(10 * q + 3 * i, 10 * q + 3 * i + 3) for i, k in enumerate(("easy", "hard", "junk"))}
+        for q in range(3)
+    ]
+    monkeypatch.setattr(gu.dataset_module(), "ground_truth", {"roxford": truth}.__getitem__)
+    column = seven.gpnns_columns()[2]
+    sets = {part: image_set(np.zeros(n, int)) for part, n in ((column[1], 3), (column[2], 40))}
+    kept = {(id(mini), column[1]): queries, (id(mini), column[2]): gallery}
+    score, _ = seven.revisited(mini, column, sets, kept)
+    for q in range(3):  # the protocol written out: junk is removed, easy and hard are wanted, precision is trapezoid
+        order = [row for row in np.argsort(-(gallery @ queries[q])) if row not in truth[q]["junk"]]
+        places = sorted(order.index(row) for key in ("easy", "hard") for row in truth[q][key])
+        steps = [((j / r if r else 1) + (j + 1) / (r + 1)) / 2 for j, r in enumerate(places)]
+        assert score.per_query[q] == pytest.approx(np.sum(steps) / 6, abs=1e-6)
+    sets[column[2]].left_out.append("broken.jpg")
+    with pytest.raises(ValueError, match="counts images by row; broken.jpg cannot be read"):
+        seven.revisited(mini, column, sets, kept)
+
+
+def test_zero_shot_chooses_among_the_classes_that_occur_with_the_mean_of_eighty_prompts(seven, mini):
+    names = ["a red flower", "a vase", "a face", "a house"]
+    labels, vectors = np.array([1, 1, 3]), gu.embed_texts(mini, ["a vase", "a photo of a face", "a house"], cache=False)
+    column, kept = ("x", "s:test", "", "zero_shot", "accuracy (80 templates)"), {(id(mini), "s:test"): vectors}
+    sets = {"s:test": image_set(labels, names=names)}
+    score, _ = seven.zero_shot(mini, column, sets, kept)
+    prompts = [[template(name) for template in open_clip.OPENAI_IMAGENET_TEMPLATES] for name in ("a vase", "a house")]
+    means = [gu.embed_texts(mini, texts, cache=False).mean(axis=0) for texts in prompts]
+    nearest = (vectors @ gu.unit_rows(np.array(means)).T).argmax(axis=1)
+    assert score.per_query.tolist() == (np.array([0, 0, 1]) == nearest).tolist()
+    assert seven.class_names(sets["s:test"])[0] == ["a vase", "a house"], "classes without an image are no choice"
+
+
+def test_each_caption_of_coco_has_one_right_image_and_of_the_drawn_world_any_that_carries_it(seven, mini):
+    captions = [["a vase", "a red vase"], ["a vase"], ["a face"]] + [["a house"]] * 6
+    texts = ["a vase", "a red vase", "a face", "a house"]
+    as_vector = dict(zip(texts, gu.embed_texts(mini, texts), strict=True))
+    vectors = np.array([as_vector[own[0]] for own in captions])
+    vectors[1] = -as_vector["a vase"]  # the second vase is far from its caption
+    sets, kept = {"s:test": image_set(np.arange(9), captions)}, {(id(mini), "s:test"): vectors}
+    score, units = seven.text_to_image(mini, ("x", "s:test", "", "text_to_image", "R@5 (own image)"), sets, kept)
+    assert units.tolist() == [0, 0, 1, 2, 3, 4, 5, 6, 7, 8]
+    assert score.per_query[:4].tolist() == [1, 1, 0, 1]
+    score, _ = seven.text_to_image(mini, ("x", "s:test", "", "text_to_image", "R@5"), sets, kept)
+    assert len(score.per_query) == 4 and score.mean == pytest.approx(0.75), (
+        "six equal houses tie beyond the fifth place"
+    )
+
+
+# --- notebook 07: measured once, in spite of breaks ---
+
+
+class Counted:
+    """An encoder that finds colors, and counts what it is shown."""
+
+    def __init__(self):
+        self.pictures = 0
+
+    def encoder(self):
+        def tower(batch):
+            self.pictures += len(batch) if len(batch) > 1 else 0  # probes come one by one
+            return batch.mean((2, 3)) + 0.01
+
+        prepare = transforms.Compose([transforms.Resize((8, 8)), transforms.ToTensor()])
+        return gu.Encoder("counted", prepare, tower)
+
+
+def colored(seed=0):
+    rng = np.random.default_rng(seed)
+    labels = np.repeat(np.arange(4), 5)
+    images = np.clip(40 * labels[:, None, None, None] + rng.integers(0, 60, (20, 8, 8, 3)), 0, 255).astype(np.uint8)
+    return gu.ImageSet("colored", images, labels=labels)
+
+
+COLUMNS = [
+    ("first", "a:test", "", "image_to_image", "mAP"),
+    ("second", "b:test", "a:test", "knn", "accuracy"),
+    ("third", "a:test", "", "knn", "accuracy"),
+]
+
+
+@pytest.fixture
+def bench(seven, cache, tmp_path, monkeypatch):
+    """A table of three columns over two drawn sets: run(names) -> its cells, with an encoder that counts."""
+    there, counted, loads = {"a": colored(0), "b": colored(1)}, Counted(), []
+
+    def load(name, split):
+        loads.append(f"{name}:{split}")
+        if name not in there:
+            raise FileNotFoundError(f"{name} was not found; get it from its home page")
+        return there[name].subset(np.arange(len(there[name])))
+
+    monkeypatch.setattr(gu, "load_images", load)
+    monkeypatch.setattr(gu, "load_encoder", lambda name: counted.encoder())
+
+    def run(names=("counted",), columns=COLUMNS, protocol="own"):
+        sets, notes = seven.load_sets(columns)
+        return seven.measure_table(list(names), columns, sets, notes, protocol, tmp_path / "cells")
+
+    return SimpleNamespace(run=run, there=there, counted=counted, loads=loads, cells=tmp_path / "cells")
+
+
+def test_every_set_is_loaded_once_and_every_image_embedded_once_for_all_columns(bench):
+    cells = bench.run()
+    assert all("row" in cell for cell in cells.values()) and len(cells) == 3
+    assert sorted(bench.loads) == ["a:test", "b:test"]
+    assert bench.counted.pictures == 40
+    bench.run(columns=[*COLUMNS, ("fourth", "b:test", "", "image_to_image", "R@1")])
+    assert bench.counted.pictures == 40
+
+
+def test_a_killed_run_goes_on_with_the_column_it_died_in(bench, seven, monkeypatch):
+    measured = []
+    honest = seven.score_cell
+
+    def score(encoder, column, sets, kept):
+        if len(measured) == 1 and column[0] == "second":
+            measured.append("killed")
+            raise KeyboardInterrupt
+        measured.append(column[0])
+        return honest(encoder, column, sets, kept)
+
+    monkeypatch.setitem(seven.measure_table.__globals__, "score_cell", score)
+    with pytest.raises(KeyboardInterrupt):
+        bench.run()
+    assert len(list(bench.cells.glob("*.json"))) == 1, "the first column is on disk"
+    resumed = bench.run()
+    assert measured == ["first", "killed", "second", "third"]
+    assert bench.run() == resumed and len(measured) == 4, "now all come from their files"
+
+
+def test_other_images_or_other_weights_are_measured_anew(bench, seven):
+    before = bench.run()
+    bench.there["b"] = colored(2)
+    after = bench.run()
+    assert after["counted", "second"]["data"] != before["counted", "second"]["data"]
+    assert after["counted", "first"] == before["counted", "first"]
+    files = {seven.cell_file(gu.Encoder("e", *parts), COLUMNS[0], bench.cells) for parts in different_encoders()}
+    assert len(files) == 3
+
+
+def different_encoders():
+    small, large = (transforms.Compose([transforms.Resize((n, n)), transforms.ToTensor()]) for n in (4, 8))
+    yield small, lambda batch: batch.mean((2, 3))
+    yield large, lambda batch: batch.mean((2, 3))
+    yield large, lambda batch: batch.mean((2, 3)) * torch.tensor([1.0, 2, 3])
+
+
+def test_a_data_set_that_is_nowhere_leaves_its_cells_blank_with_the_loaders_words(bench, seven):
+    del bench.there["b"]
+    cells = bench.run()
+    assert cells["counted", "second"] == {"why": "b was not found; get it from its home page"}
+    assert "row" in cells["counted", "first"] and "row" in cells["counted", "third"]
+    values = [cell.get("row", {}).get("value") for cell in cells.values()]
+    assert seven.average(values).endswith("over 2 of 3")
+
+
+def test_what_was_measured_stays_when_its_data_are_gone(bench):
+    before = bench.run()
+    del bench.there["b"]
+    assert bench.run() == before
+
+
+def test_an_encoder_without_text_leaves_text_columns_blank(bench):
+    cells = bench.run(columns=[("words", "a:test", "", "zero_shot", "accuracy")])
+    assert cells["counted", "words"] == {"why": "counted has no text tower"}
+
+
+def test_weights_that_cannot_be_had_leave_a_row_blank_and_a_mistyped_file_stops(bench, monkeypatch):
+    def load(name):
+        if name == "counted":
+            return bench.counted.encoder()
+        errors = {"far": OSError("check the network"), "typo": FileNotFoundError("no checkpoint at x")}
+        raise errors.get(name, ValueError("unknown encoder"))
+
+    monkeypatch.setattr(gu, "load_encoder", load)
+    cells = bench.run(["far", "counted"])
+    assert {cells["far", column[0]]["why"] for column in COLUMNS} == {"check the network"}
+    assert all("row" in cells["counted", column[0]] for column in COLUMNS)
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+        bench.run(["typo"])
+    with pytest.raises(ValueError, match="unknown encoder"):
+        bench.run(["nothing"])
+
+
+def test_files_that_cannot_be_read_are_noted_in_the_cell(seven, folder, mini, cache, tmp_path):
+    (folder / "red" / "1.png").write_bytes(b"broken")
+    sets = {"s:test": gu.load_images(folder)}
+    notes, column = {"s:test": seven.list_digest(sets["s:test"])}, ("x", "s:test", "", "image_to_image", "mAP")
+    with pytest.warns(UserWarning, match="1 of 12 images cannot be read"):
+        cell = seven.measure(mini, column, sets, notes, tmp_path, {})
+    assert "red/1.png" in cell["left out"][0]
+
+
+def test_avg_is_a_number_only_over_all_columns(seven):
+    assert seven.average([50.0, 70.0, 0.0]) == pytest.approx(40)
+    assert seven.average([50.0, None, 0.0]) == "25.0 over 2 of 3"
+    assert seven.average([None, None]) == "over 0 of 2"
+
+
+def test_differences_need_both_numbers_and_a_partial_mean_is_beside_the_mean_of_the_same_columns(seven):
+    ours, theirs = {"a": 51.0, "b": None, "c": 0.0}, {"a": 50.0, "b": 90.0, "c": None, "avg": 70.0}
+    assert seven.differences_to(ours, theirs) == {"a": 1.0, "b": None, "c": None}
+    mine, known, difference = seven.beside("x", ours, theirs)
+    assert mine["AVG"] == "25.5 over 2 of 3" and known["AVG"] == "50.0 over 1 of 3" and difference["a"] == 1.0
+    assert len(seven.beside("x", ours, {})) == 1
+
+
+@pytest.mark.parametrize("table", ["gpnns", "mcip"])
+def test_published_rows_are_those_before_fine_tuning_or_of_the_release(seven, table):
+    rows = seven.published_rows(table)
+    large = rows["open_clip:ViT-L-14-336/openai"]
+    assert large["gpr1200_map"] == 76.0 and large["cub_r1"] == 77.0, "both papers print the same base"
+    if table == "gpnns":
+        assert rows["gpnns:ViT-L"]["avg"] == 77.3 and rows["timm:vit_base_patch16_224.augreg_in21k"]["avg"] == 54.7
+    else:
+        assert [row["avg"] for row in rows.values()] == [67.2, 70.5, 76.2]
+
+
+def test_the_mini_table_is_compared_with_the_scores_of_the_very_weights_that_are_shipped(seven):
+    known, titles = seven.shipped_scores(), {column[0] for column in seven.mini_columns()}
+    assert set(known) == {"arcmargin", "2sft", "mcip_realigned"}
+    assert {title for scores in known.values() for title in scores} & titles == titles - {
+        "k-NN, shifted",
+        "zero-shot, shifted",
+        "text to image R@5, shifted",
+    }
+    assert known["arcmargin"]["image to image mAP"] > 65 and all(
+        0 < v < 100 for s in known.values() for v in s.values()
+    )
+
+
+def test_earlier_results_count_where_task_split_and_metric_are_the_same(seven, tmp_path):
+    row = {"model": "mini", "task": "image_to_image", "split": "test", "group": "all", "metric": "mAP", "value": 52.0}
+    others = [row | {"group": "faces"}, row | {"metric": "R@1"}, row | {"model": "tuned"}, row | {"split": "other"}]
+    shifted = row | {"split": "shifted", "value": 17.0}
+    (tmp_path / "03_finetune_arcmargin.json").write_text(json.dumps({"rows": [*others, row, shifted]}))
+    known = seven.earlier_results("mini", seven.mini_columns(), tmp_path)
+    assert known == {"image to image mAP": 52.0, "image to image mAP, shifted": 17.0}
+
+
+# --- notebook 07: the papers' protocol for pictures and features ---
+
+
+def test_the_papers_protocol_squeezes_crops_and_takes_features_before_the_projection(seven, mini):
+    paper = seven.as_in_paper(mini)
+    square, crop, _, norm = paper.preprocess.transforms
+    assert square.size == (54, 54) and square.interpolation == transforms.InterpolationMode.BICUBIC
+    assert crop.size == (48, 48) and norm.mean == mini.preprocess.transforms[-1].mean
+    assert paper.fingerprint() != mini.fingerprint() and paper.text_tower is None and mini.text_tower is not None
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (80, 60, 3), dtype=np.uint8))
+    with torch.no_grad():
+        before = paper.image_tower(paper.preprocess(picture)[None])
+        joint = mini.image_tower(paper.preprocess(picture)[None])
+        assert torch.allclose(before @ mini.model.visual.proj, joint, atol=1e-5)
+
+
+def test_weights_of_openai_get_the_mean_of_imagenet_and_encoders_without_a_model_stay_as_they_are(seven, mini):
+    openai = replace(mini, origin={"encoder": "open_clip:ViT-B-16/openai"})
+    assert seven.as_in_paper(openai).preprocess.transforms[-1].mean == (0.485, 0.456, 0.406)
+    pixels = gu.load_encoder("pixels")
+    assert seven.as_in_paper(pixels) is pixels
+
+
+# --- notebook 07: whole tables on the data sets in small ---
+
+
+@pytest.mark.parametrize(("table", "encoder"), [("gpnns", "pixels"), ("mcip", "mini")])
+def test_a_whole_table_is_measured_where_its_data_sets_are_there(seven, data, tmp_path, monkeypatch, table, encoder):
+    columns = getattr(seven, f"{table}_columns")()
+    for name in dict.fromkeys(part.split(":")[0] for column in columns for part in column[1:3] if part):
+        in_small.build(name, data, monkeypatch)
+    sets, notes = seven.load_sets(columns)
+    assert len(sets) == len(notes), notes
+    cells = seven.measure_table([encoder], columns, sets, notes, "paper", tmp_path / "cells")
+    values = [cells[encoder, column[0]]["row"]["value"] for column in columns]
+    assert len(values) == {"gpnns": 15, "mcip": 14}[table] and all(0 <= value <= 100 for value in values)
+    assert isinstance(seven.average(values), float)
+
+
+def test_without_its_data_sets_a_table_is_blank_and_each_set_says_how_to_get_it(seven, data, tmp_path):
+    columns = seven.gpnns_columns()
+    sets, notes = seven.load_sets(columns)
+    assert not sets and "cannot be downloaded without you" in notes["imagenet:train"]
+    assert "could not download" in notes["instre:test"]
+    cells = seven.measure_table(["pixels"], columns, sets, notes, "own", tmp_path / "cells")
+    assert [cell["why"] for cell in cells.values()] == [notes[column[1]] for column in columns]
+
+
+@pytest.mark.notebook
+def test_the_notebook_measures_the_part_of_a_paper_that_is_there_and_says_what_is_not(data, tmp_path, results):
+    profile, out = results
+    for part in ("mini_world", "embeddings"):  # what only the lesson itself needs, from the shared cache
+        if (REAL_CACHE / part).exists():
+            (tmp_path / "cache").mkdir(exist_ok=True)
+            (tmp_path / "cache" / part).symlink_to(REAL_CACHE / part)
+    for name in {column[1].split(":")[0] for column in lift("07").gpnns_columns()} - {"imagenet"}:
+        in_small.BUILDERS[name](data / name)  # too small to be the real ones, but for Adience, which has no counts
+    parameters = {"profile": profile, "table": "gpnns", "encoders": ["mini", "pixels"]}
+    notebook = gu.HERE / "notebooks" / "07_reproduce_papers.ipynb"
+    run = {"kernel_name": "python3", "cwd": str(gu.HERE), "progress_bar": False}
+    done = pm.execute_notebook(notebook, tmp_path / "o.ipynb", parameters, **run)
+    written = json.loads((out / "07_reproduce_papers.json").read_text())
+    assert written["headline"] == "gpnns: 2 of 30 cells"
+    assert {(row["model"], row["split"], row["metric"]) for row in written["rows"]} == {
+        (model, "adience", "mAP (self included)") for model in ("mini", "pixels")
+    }, "and no AVG"
+    outputs = [output for cell in done.cells for output in cell.get("outputs", [])]
+    said = json.dumps([output for output in outputs if "image/png" not in output.get("data", {})])
+    assert "over 1 of 15" in said and "expected 5,924 images and found 4" in said
+    assert "ImageNet (ILSVRC2012) was not found" in said and not re.search(r"\bnan\b", said)
+
+
+# --- line-ups and profiles ---
+
+PROFILES = sorted((gu.HERE / "notebooks" / "profiles").glob("*/*.yml"))
+LINE_UPS = [path for path in PROFILES if "encoders" in yaml.safe_load(path.read_text())]
+
+
+def called(path):
+    return f"{path.parent.name}/{path.name}"
+
+
+@pytest.mark.parametrize("path", PROFILES, ids=called)
+def test_a_profile_sets_only_parameters_of_its_notebook_and_keeps_its_own_name(path):
+    values = yaml.safe_load(path.read_text())
+    known = pm.inspect_notebook(str(gu.HERE / "notebooks" / f"{path.stem}.ipynb"))
+    assert values.keys() <= known.keys() and values["profile"] == path.parent.name
+    assert f"-f {path.relative_to(gu.HERE).as_posix()}" in path.read_text(), "it says how papermill takes it"
+
+
+@pytest.mark.parametrize("path", LINE_UPS, ids=called)
+def test_every_encoder_of_a_line_up_exists_in_the_installed_libraries(path, seven):
+    values = yaml.safe_load(path.read_text())
+    for name in values["encoders"] + [values[key] for key in ("encoder",) if key in values]:
+        kind, _, rest = name.partition(":")
+        assert kind in ("open_clip", "timm"), name
+        there = open_clip.list_pretrained() if kind == "open_clip" else timm.list_pretrained()
+        assert (tuple(rest.split("/")) if kind == "open_clip" else rest) in there, name
+        assert seven.licence_of(name)
+
+
+def test_todays_line_up_has_the_families_beside_the_bases_of_the_papers(seven):
+    names = yaml.safe_load((gu.HERE / "notebooks/profiles/gpu/07_reproduce_papers.yml").read_text())["encoders"]
+    families = [
+        "openai",
+        "laion2b",
+        "datacomp",
+        "SigLIP-384",
+        "SigLIP2",
+        "PE-Core",
+        "metaclip2",
+        "MobileCLIP2",
+        "dinov2",
+        "dinov3",
+        "in21k",
+    ]
+    assert [family for family in families if not any(family in name for name in names)] == []
+    assert set(seven.published_rows("mcip")) <= set(names)
+    for profile, table in (("paper", "gpnns"), ("paper_mcip", "mcip")):
+        path = gu.HERE / "notebooks" / "profiles" / profile / "07_reproduce_papers.yml"
+        assert set(yaml.safe_load(path.read_text())["encoders"]) <= set(seven.published_rows(table))
+
+
+def test_a_licence_is_what_the_library_states_and_else_a_place_to_look(seven):
+    assert seven.licence_of("mini") == seven.licence_of("arcmargin") == "MIT"
+    for name in ("timm:vit_large_patch16_dinov3.lvd1689m", "timm:vit_base_patch16_224.augreg_in21k"):
+        assert seven.licence_of(name) == timm.get_pretrained_cfg(name[5:]).license
+    assert seven.licence_of("open_clip:ViT-H-14-worldwide/metaclip2_worldwide") == "cc-by-nc-4.0"
+    openai = seven.licence_of("open_clip:ViT-B-16/openai")
+    assert openai == "see its model card, timm/vit_base_patch16_clip_224.openai"
+    for name in ("open_clip:ViT-B-16", "open_clip:hf-hub:someone/model", "timm:no_such_model"):
+        assert seven.licence_of(name) == "see its model card", name
+    assert (
+        seven.licence_of("mini@mine.safetensors")
+        == seven.licence_of("gpnns:ViT-B@x.pth")
+        == "see where the file is from"
+    )
+
+
+@pytest.mark.notebook
+def test_a_profile_reaches_its_notebook_and_no_other_through_run_py(tmp_path, monkeypatch):
+    runner = gu.load_module(gu.HERE / "notebooks" / "run.py")
+    monkeypatch.setattr(runner, "FOLDER", tmp_path)
+    for name in ("01_one", "02_two"):
+        cells = [
+            nbformat.v4.new_code_cell('profile: str = "mini"\nk: int = 1'),
+            nbformat.v4.new_code_cell("profile, k"),
+        ]
+        cells[0].metadata["tags"] = ["parameters"]
+        notebook = nbformat.v4.new_notebook(cells=cells)
+        notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+        nbformat.write(notebook, tmp_path / f"{name}.ipynb")
+    (tmp_path / "profiles" / "large").mkdir(parents=True)
+    (tmp_path / "profiles" / "large" / "01_one.yml").write_text("profile: large\nk: 5\n")
+    shown = []
+    for name in ("01_one", "02_two"):
+        assert runner.run_notebook(tmp_path / f"{name}.ipynb", tmp_path / "out.ipynb", "large") is None
+        shown.append(nbformat.read(tmp_path / "out.ipynb", as_version=4).cells[-1].outputs[0].data["text/plain"])
+    assert shown == ["('large', 5)", "('large', 1)"]
