@@ -100,6 +100,11 @@ def setup(profile: str = "mini", seed: int = 0) -> Run:
     print(
         f"python {platform.python_version()} | torch {torch.__version__} | {run.device}, {precision} | {os.cpu_count()} cores"
     )
+    if where != "local" and not torch.cuda.is_available():
+        place = {"Kaggle": "Settings > Accelerator > GPU T4 x2", "Colab": "Runtime > Change runtime type > T4 GPU"}[
+            where
+        ]
+        print(f"no GPU is switched on; for real encoders it saves hours: {place}")
     return run
 
 
