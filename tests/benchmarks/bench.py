@@ -12,6 +12,7 @@ import platform
 import statistics
 import threading
 import time
+from pathlib import Path
 
 os.environ["TQDM_DISABLE"] = "1"  # nnn-retrieval draws a bar on each search
 import numpy as np
@@ -368,19 +369,82 @@ def nnn_sweep(repeats: int) -> dict:
     return nnn_row("nnn_sweep", repeats)
 
 
+def write_photos(folder: Path, number: int) -> None:
+    """JPEG files of 500 x 375 pixels: smooth noise, as large as those of a photograph."""
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for i in range(number):
+        coarse = Image.fromarray(rng.integers(0, 256, (47, 63, 3), dtype=np.uint8))
+        coarse.resize((500, 375), Image.Resampling.BICUBIC).save(folder / f"{i:04}.jpg", quality=92)
+
+
+def embed_from_files(device: str, models: dict[str, int], number: int, repeats: int) -> dict:
+    """Images per second from JPEG files to embeddings, as a share of the bare forward pass over tensors that are
+    already on the device, in the same batches and precision. Random weights; nothing is cached."""
+    import tempfile
+
+    import torch
+
+    results = {}
+    for name, batch_size in models.items():
+        encoder = gu.load_encoder(f"open_clip:{name}", device)
+        with tempfile.TemporaryDirectory() as folder:
+            write_photos(Path(folder), number)
+            photos = gu.load_images(folder)
+            rows = gu.consecutive(number, batch_size)
+            first = torch.stack([encoder.preprocess(photos[i]) for i in rows[0]]).to(encoder.device)
+
+            def bare(encoder=encoder, rows=rows, first=first):
+                for batch in rows:
+                    gu.run_tower(encoder, encoder.image_tower, first[: len(batch)])
+
+            bare()
+            shares, speeds = [], []
+            for _ in range(repeats):
+                start = time.perf_counter()
+                bare()
+                middle = time.perf_counter()
+                gu.embed_images(encoder, photos, batch_size=batch_size, cache=False)
+                spent = time.perf_counter() - middle
+                shares.append((middle - start) / spent)
+                speeds.append(number / spent)
+        share, speed = statistics.median(shares), statistics.median(speeds)
+        results[name] = {"share_of_bare_forward": round(share, 3), "images_per_second": round(speed, 1)}
+        print(f"embed_{device}: {name:24} {results[name]}", flush=True)
+    return results
+
+
+def embed_cpu(repeats: int) -> dict:
+    """ViT-B/16 at 224 pixels on the CPU."""
+    return embed_from_files("cpu", {"ViT-B-16": 32}, 256, min(repeats, 3))
+
+
+def embed_gpu(repeats: int) -> dict:
+    """ViT-B/16 at 224 and ViT-L/14 at 336 pixels on the GPU."""
+    if gu.best_device().type != "cuda":
+        raise SystemExit("embed_gpu needs an NVIDIA GPU that this torch can use; name the other rows instead")
+    return embed_from_files("cuda", {"ViT-B-16": 256, "ViT-L-14-336": 128}, 8192, repeats)
+
+
 ROWS = {
     "map_full_ranking": map_full_ranking,
     "arcmargin_step": arcmargin_step,
     "nnn_build": nnn_build,
     "nnn_search": nnn_search,
     "nnn_sweep": nnn_sweep,
+    "embed_cpu": embed_cpu,
+    "embed_gpu": embed_gpu,
 }
+DEFAULT = [row for row in ROWS if row != "embed_gpu"]  # that one only where there is a GPU
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("rows", nargs="*", default=ROWS, help=f"which of {', '.join(ROWS)} (default: all)")
+    parser.add_argument(
+        "rows", nargs="*", default=DEFAULT, help=f"which of {', '.join(ROWS)} (default: all but the last)"
+    )
     arguments = parser.parse_args()
     machine = {
         "cores": os.cpu_count(),
