@@ -1135,7 +1135,7 @@ def fold_scores(
     own = checked_own(own, len(queries))
     workers = os.cpu_count() or 1
     span = max(BLOCK, min(16 * BLOCK, 2**21 // k))  # queries at a time: their results are held, and tiles are read anew
-    buffers = threading.local()  # fresh memory for each tile would cost a tenth of the product
+    buffers = threading.local()  # each thread writes its tiles into the same memory again
 
     def advance(kept, start: int, block: np.ndarray, tile: np.ndarray, first: int):
         if not hasattr(buffers, "scores"):
@@ -1256,7 +1256,7 @@ def largest(kept: np.ndarray | None, scores: np.ndarray, first: int, k: int) -> 
         more = scores[:, -width:]
         if kept is None:
             return more.copy()
-    else:  # by now few scores are among the largest, and picking those out costs half of a partition
+    else:  # by now few scores are among the largest, and picking those out costs less than a partition
         hit = np.flatnonzero(scores > kept.min(axis=1, keepdims=True))
         query = hit // scores.shape[1]
         counts = np.bincount(query, minlength=len(scores))
