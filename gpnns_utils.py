@@ -21,6 +21,7 @@ import os
 import platform
 import re
 import shutil
+import socket
 import sys
 import threading
 import time
@@ -35,6 +36,7 @@ from types import SimpleNamespace
 from urllib.parse import parse_qsl
 
 import accelerate
+import cloudpickle
 import faiss
 import ipywidgets as widgets
 import matplotlib
@@ -44,6 +46,7 @@ import open_clip
 import timm
 import torch
 import torch.nn.functional as F
+import yaml
 from IPython import get_ipython
 from IPython.display import HTML, display
 from IPython.display import Image as Picture
@@ -106,6 +109,29 @@ def setup(profile: str = "mini", seed: int = 0) -> Run:
         ]
         print(f"no GPU is switched on; for real encoders it saves hours: {place}")
     return run
+
+
+def profile_parameters(profile: str, notebook: str, given: dict) -> dict:
+    """What notebooks/profiles/<profile>.yml sets in a notebook, except where `given` differs from the default.
+
+    mini.yml holds the defaults, so a value equal to its default counts as left alone. A profile without a file sets
+    nothing: it is only a name for the results. Raises ValueError when a file sets what the notebook does not know.
+    """
+    folder = HERE / "notebooks" / "profiles"
+    known = sorted(path.stem for path in folder.glob("*.yml"))
+    if profile not in known:
+        print(f"profile {profile}: a name for results only; with parameters of their own: {', '.join(known)}")
+        return {}
+    values, defaults = (
+        yaml.safe_load((folder / f"{name}.yml").read_text(encoding="utf-8"))["notebooks"].get(notebook, {})
+        for name in (profile, "mini")
+    )
+    if unknown := values.keys() - defaults.keys():
+        raise ValueError(f"profiles/{profile}.yml sets {', '.join(sorted(unknown))}, which {notebook} does not know")
+    chosen = {name: value for name, value in values.items() if given[name] == defaults[name] != value}
+    if chosen:
+        print(f"profile {profile} sets " + ", ".join(f"{name} = {value!r}" for name, value in chosen.items()))
+    return chosen
 
 
 def best_device() -> torch.device:
@@ -275,7 +301,8 @@ def open_image(path: Path, crop: Sequence[int] | None = None) -> Image.Image:
 def load_images(source: str | Path, split: str = "test") -> ImageSet:
     """Load "mini" (the drawn world), a data set by name, a folder, a table of images, or webdataset tars.
 
-    Names and their splits: data/README.md. What is nowhere yet is downloaded, where its authors allow that.
+    Names and their splits: data/README.md. What is nowhere yet is downloaded, where its authors allow that. A name may
+    bring a split of its own, "coco:validation", and several, "sop + cub", become one set.
     Folder: `label/file`, `group/label/file`, or just files (no labels). Equal labels in two groups are one class. A
     subfolder named like `split` is used when there is one, and `captions.json` maps labels to lists of captions.
     Table (.csv, .tsv, .parquet): columns `path` and, if known, `label`, `group`, `caption` (several: separated by `|`),
@@ -291,8 +318,9 @@ def load_images(source: str | Path, split: str = "test") -> ImageSet:
             progress.update(done)
 
         return ImageSet(name=f"mini {split}", **world.load_split(split, cache_folder(), report=report))
-    if str(source) in dataset_module().TABLE:
-        return ImageSet(**dataset_module().load(str(source), split))
+    parts = [part.strip().partition(":") for part in str(source).split(" + ")]
+    if all(name in dataset_module().TABLE for name, _, _ in parts):
+        return ImageSet(**dataset_module().load_all([(name, own or split) for name, _, own in parts]))
     name, source = str(source), Path(source).expanduser()
     if not source.exists():
         raise FileNotFoundError(
@@ -2014,6 +2042,34 @@ def fit(
         fill(objective, average.module.state_dict(), str(folder))
     objective.eval()
     return log
+
+
+def fit_in_processes(
+    processes: int, objective: torch.nn.Module, dataset: Dataset, folder: str | Path, groups: list[dict], **settings
+) -> list[dict]:
+    """`fit` on several GPUs from within a notebook, each process on one; 0 for all GPUs there are.
+
+    The processes are started anew, so it does no harm that the notebook has used a GPU already; objective, dataset and
+    what `validate` reaches are copied to them. Afterwards `fit` finds their training done and loads its weights here.
+    """
+    processes = processes or max(1, torch.cuda.device_count())
+    if processes > 1:
+        groups = [{**group, "params": list(group["params"])} for group in groups]
+        work = cloudpickle.dumps((objective, dataset, Path(folder).absolute(), groups, settings | {"draw": False}))
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        torch.multiprocessing.spawn(fit_in_process, (processes, port, work), processes)
+    return fit(objective, dataset, folder, groups, **settings)
+
+
+def fit_in_process(rank: int, processes: int, port: int, work: bytes) -> None:
+    """One of the processes of `fit_in_processes`; accelerate finds the others by these variables."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    objective, dataset, folder, groups, settings = cloudpickle.loads(work)
+    fit(objective, dataset, folder, groups, **settings)
+    torch.distributed.destroy_process_group()
 
 
 def make_optimizers(objective: torch.nn.Module, groups: list[dict]) -> list[torch.optim.Optimizer]:

@@ -174,6 +174,29 @@ def load(name: str, split: str = "test") -> dict:
     }
 
 
+def load_all(parts: Sequence[tuple[str, str]]) -> dict:
+    """The fields of one ImageSet for several data sets, given as (name, split); each becomes a group of the whole.
+
+    Raises ValueError when one of them has no labels, or shows only parts of its pictures.
+    """
+    loaded = [load(name, split) for name, split in parts]
+    if len(loaded) == 1:
+        return loaded[0]
+    together = " + ".join(one["name"] for one in loaded)
+    if unfit := [one["name"] for one in loaded if one["labels"] is None or one["crops"] is not None]:
+        raise ValueError(f"{together}: {unfit[0]} has no labels, or crops; load it by itself")
+    begins = np.cumsum([0, *(len(one["names"]) for one in loaded)])
+    return {
+        "name": together,
+        "images": [path for one in loaded for path in one["images"]],
+        "labels": np.concatenate([one["labels"] + begin for one, begin in zip(loaded, begins, strict=False)]),
+        "groups": np.repeat([one["name"] for one in loaded], [len(one["images"]) for one in loaded]),
+        "captions": None,
+        "names": [f"{one['name']}/{name}" for one in loaded for name in one["names"]],
+        "crops": None,
+    }
+
+
 def read(name: str, split: str) -> tuple[list[dict], list[str] | None]:
     """The rows of a data set as its reader gives them: of `split`, and of other splits where one list holds both."""
     entry = TABLE[name]

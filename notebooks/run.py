@@ -1,8 +1,8 @@
 """Run the notebooks of the course in order, each in its own kernel: `python notebooks/run.py`.
 
 Executed copies and results go to runs/<profile>/. The first notebook that fails stops the run with its name, cell and
-error and exit status 1. Parameters come from profiles/<profile>/<notebook>.yml, a papermill parameter file, where there
-is one; else the notebook's defaults hold. With --render the executed notebooks also replace the committed ones.
+error and exit status 1. Parameters are those of profiles/<profile>.yml, which the notebooks read themselves. With
+--render the executed notebooks also replace the committed ones.
 """
 
 import argparse
@@ -16,7 +16,6 @@ from pathlib import Path
 import nbformat
 import papermill
 from papermill.exceptions import PapermillExecutionError
-from papermill.iorw import read_yaml_file
 from PIL import Image
 
 FOLDER = Path(__file__).resolve().parent
@@ -30,7 +29,7 @@ def run_notebook(path: Path, output: Path, profile: str) -> str | None:
         papermill.execute_notebook(
             path,
             output,
-            parameters_of(path, profile),
+            {"profile": profile},
             kernel_name="python3",
             cwd=FOLDER,
             progress_bar=False,
@@ -44,12 +43,6 @@ def run_notebook(path: Path, output: Path, profile: str) -> str | None:
     # sys.exit() in a cell ends a run silently: only what was never started tells.
     waiting = executed(output)[1]
     return f"cell {waiting[0]}: it did not run" if waiting else None
-
-
-def parameters_of(path: Path, profile: str) -> dict:
-    """What a profile sets in a notebook. One file for each: papermill injects every key, known to a notebook or not."""
-    file = FOLDER / "profiles" / profile / f"{path.stem}.yml"
-    return {"profile": profile} | (read_yaml_file(str(file)) if file.exists() else {})
 
 
 def own_number(path: Path, index: int) -> int:

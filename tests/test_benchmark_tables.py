@@ -5,7 +5,6 @@ import re
 from dataclasses import replace
 from types import SimpleNamespace
 
-import nbformat
 import numpy as np
 import open_clip
 import papermill as pm
@@ -13,7 +12,6 @@ import pytest
 import test_datasets as in_small
 import timm
 import torch
-import yaml
 from conftest import lift
 from PIL import Image
 from sklearn.metrics import average_precision_score
@@ -571,55 +569,7 @@ def test_the_notebook_measures_the_part_of_a_paper_that_is_there_and_says_what_i
     assert "ImageNet (ILSVRC2012) was not found" in said and not re.search(r"\bnan\b", said)
 
 
-# --- line-ups and profiles ---
-
-PROFILES = sorted((gu.HERE / "notebooks" / "profiles").glob("*/*.yml"))
-LINE_UPS = [path for path in PROFILES if "encoders" in yaml.safe_load(path.read_text())]
-
-
-def called(path):
-    return f"{path.parent.name}/{path.name}"
-
-
-@pytest.mark.parametrize("path", PROFILES, ids=called)
-def test_a_profile_sets_only_parameters_of_its_notebook_and_keeps_its_own_name(path):
-    values = yaml.safe_load(path.read_text())
-    known = pm.inspect_notebook(str(gu.HERE / "notebooks" / f"{path.stem}.ipynb"))
-    assert values.keys() <= known.keys() and values["profile"] == path.parent.name
-    assert f"-f {path.relative_to(gu.HERE).as_posix()}" in path.read_text(), "it says how papermill takes it"
-
-
-@pytest.mark.parametrize("path", LINE_UPS, ids=called)
-def test_every_encoder_of_a_line_up_exists_in_the_installed_libraries(path, seven):
-    values = yaml.safe_load(path.read_text())
-    for name in values["encoders"] + [values[key] for key in ("encoder",) if key in values]:
-        kind, _, rest = name.partition(":")
-        assert kind in ("open_clip", "timm"), name
-        there = open_clip.list_pretrained() if kind == "open_clip" else timm.list_pretrained()
-        assert (tuple(rest.split("/")) if kind == "open_clip" else rest) in there, name
-        assert seven.licence_of(name)
-
-
-def test_todays_line_up_has_the_families_beside_the_bases_of_the_papers(seven):
-    names = yaml.safe_load((gu.HERE / "notebooks/profiles/gpu/07_reproduce_papers.yml").read_text())["encoders"]
-    families = [
-        "openai",
-        "laion2b",
-        "datacomp",
-        "SigLIP-384",
-        "SigLIP2",
-        "PE-Core",
-        "metaclip2",
-        "MobileCLIP2",
-        "dinov2",
-        "dinov3",
-        "in21k",
-    ]
-    assert [family for family in families if not any(family in name for name in names)] == []
-    assert set(seven.published_rows("mcip")) <= set(names)
-    for profile, table in (("paper", "gpnns"), ("paper_mcip", "mcip")):
-        path = gu.HERE / "notebooks" / "profiles" / profile / "07_reproduce_papers.yml"
-        assert set(yaml.safe_load(path.read_text())["encoders"]) <= set(seven.published_rows(table))
+# --- licences ---
 
 
 def test_a_licence_is_what_the_library_states_and_else_a_place_to_look(seven):
@@ -636,25 +586,3 @@ def test_a_licence_is_what_the_library_states_and_else_a_place_to_look(seven):
         == seven.licence_of("gpnns:ViT-B@x.pth")
         == "see where the file is from"
     )
-
-
-@pytest.mark.notebook
-def test_a_profile_reaches_its_notebook_and_no_other_through_run_py(tmp_path, monkeypatch):
-    runner = gu.load_module(gu.HERE / "notebooks" / "run.py")
-    monkeypatch.setattr(runner, "FOLDER", tmp_path)
-    for name in ("01_one", "02_two"):
-        cells = [
-            nbformat.v4.new_code_cell('profile: str = "mini"\nk: int = 1'),
-            nbformat.v4.new_code_cell("profile, k"),
-        ]
-        cells[0].metadata["tags"] = ["parameters"]
-        notebook = nbformat.v4.new_notebook(cells=cells)
-        notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
-        nbformat.write(notebook, tmp_path / f"{name}.ipynb")
-    (tmp_path / "profiles" / "large").mkdir(parents=True)
-    (tmp_path / "profiles" / "large" / "01_one.yml").write_text("profile: large\nk: 5\n")
-    shown = []
-    for name in ("01_one", "02_two"):
-        assert runner.run_notebook(tmp_path / f"{name}.ipynb", tmp_path / "out.ipynb", "large") is None
-        shown.append(nbformat.read(tmp_path / "out.ipynb", as_version=4).cells[-1].outputs[0].data["text/plain"])
-    assert shown == ["('large', 5)", "('large', 1)"]

@@ -492,6 +492,29 @@ def test_metric_learning_splits_share_no_class(data, monkeypatch):
     assert gu.load_images("cub").names == ["White Pelican", "Yellowthroat"]
 
 
+def test_a_name_may_bring_its_split(data, monkeypatch):
+    build("coco", data, monkeypatch)
+    assert gu.load_images("coco:validation", "train").name == "coco validation"
+
+
+def test_several_data_sets_become_one_whose_classes_stay_apart(data, monkeypatch):
+    for name in ("sop", "cub"):
+        build(name, data, monkeypatch)
+    both = gu.load_images("sop + cub:test", "train")
+    one, other = gu.load_images("sop", "train"), gu.load_images("cub", "test")
+    assert both.images == one.images + other.images
+    assert both.labels.tolist() == [*one.labels, *(other.labels + len(one.names))]
+    assert both.names == [f"sop train/{n}" for n in one.names] + [f"cub test/{n}" for n in other.names]
+    assert both.groups.tolist() == ["sop train"] * len(one) + ["cub test"] * len(other)
+
+
+def test_a_set_without_labels_cannot_be_part_of_several(data, monkeypatch):
+    for name in ("sop", "coco"):
+        build(name, data, monkeypatch)
+    with pytest.raises(ValueError, match="sop train \\+ coco train: coco train has no labels"):
+        gu.load_images("sop + coco", "train")
+
+
 def test_cars_are_read_from_the_layout_with_two_folders_too(data, monkeypatch):
     top = data / "cars"
     for part, classes in (("train", [1, 99]), ("test", [98, 196, 196])):

@@ -712,6 +712,42 @@ def test_half_precision_keeps_float32_weights_and_trains_about_the_same(tmp_path
     assert torch.allclose(full["losses"], half["losses"], rtol=0.05)
 
 
+class Tower(torch.nn.Module):
+    """A tower of one layer and ArcMargin."""
+
+    def __init__(self):
+        super().__init__()
+        self.tower, self.loss = torch.nn.Linear(10, 8), gu.ArcMargin(8, 12, 10, 0.1)
+
+    def forward(self, points, labels):
+        return self.loss(self.tower(points), labels)
+
+
+def test_several_processes_train_for_a_notebook_and_leave_it_the_weights_of_one(tmp_path):
+    points = torch.randn(96, 10, generator=torch.Generator().manual_seed(0))
+    data = torch.utils.data.TensorDataset(points, torch.arange(96) % 12)
+    weights, logs = [], []
+    for processes in (1, 2):
+        torch.manual_seed(1)
+        objective = Tower()
+        groups = [{"params": objective.parameters(), "lr": 1e-2}]  # a generator, as modules give it
+        settings = {"epochs": 3, "batch_size": 16, "validate": lambda: objective.tower.weight.abs().sum().item() % 7}  # noqa: B023
+        logs.append(gu.fit_in_processes(processes, objective, data, tmp_path / str(processes), groups, **settings))
+        weights.append(objective.state_dict())
+    assert [row["step"] for row in logs[0]] == [row["step"] for row in logs[1]]
+    for key, value in weights[0].items():
+        assert torch.allclose(value, weights[1][key], atol=1e-5), key
+
+
+def test_what_goes_wrong_in_a_process_is_said_in_the_notebook(tmp_path):
+    objective = Tower()
+    data = torch.utils.data.TensorDataset(torch.full((96, 10), torch.nan), torch.arange(96) % 12)
+    with pytest.raises(Exception, match="the loss became .*nan.*Look at those images, or lower the rates"):
+        gu.fit_in_processes(
+            2, objective, data, tmp_path, [{"params": objective.parameters(), "lr": 1e-2}], batch_size=16
+        )
+
+
 @pytest.mark.parametrize("sampled", [None, "5"])
 def test_two_processes_give_the_weights_of_one_with_the_same_global_batch(tmp_path, sampled):
     options = ["--sampled", sampled] if sampled else []

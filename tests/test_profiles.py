@@ -1,0 +1,289 @@
+"""Profiles: one parameter that sets the others, the line-ups they name, and whole runs of `gpu` with small models."""
+
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import nbformat
+import numpy as np
+import open_clip
+import papermill as pm
+import pytest
+import test_datasets as in_small
+import timm
+import yaml
+from conftest import lift
+from PIL import Image
+
+import gpnns_utils as gu
+
+NOTEBOOKS = sorted((gu.HERE / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+PROFILES = {
+    path.stem: yaml.safe_load(path.read_text(encoding="utf-8"))
+    for path in sorted((gu.HERE / "notebooks" / "profiles").glob("*.yml"))
+}
+DEFAULTS = PROFILES["mini"]["notebooks"]
+
+
+def test_the_profiles_are_there_and_say_their_names():
+    assert {"mini", "gpu", "paper"} <= PROFILES.keys()
+    assert [values["profile"] for values in PROFILES.values()] == list(PROFILES)
+    for name in ("mini", "gpu", "paper"):
+        assert PROFILES[name]["notebooks"].keys() == {path.stem for path in NOTEBOOKS}, "every notebook"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_mini_holds_the_defaults_of_each_notebook(path):
+    cells = nbformat.read(path, as_version=4).cells
+    (cell,) = [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])]
+    defaults = {node.target.id: ast.literal_eval(node.value) for node in ast.parse(cell.source).body}
+    assert defaults.pop("profile") == "mini" and defaults == DEFAULTS[path.stem]
+    applied = f'globals().update(gu.profile_parameters(profile, "{path.stem}", globals()))'
+    assert applied in [cell.source for cell in cells], "the notebook reads its profile"
+
+
+@pytest.mark.parametrize("name", [name for name in PROFILES if name != "mini"])
+def test_a_profile_sets_only_what_its_notebooks_know_and_only_what_differs(name):
+    for notebook, values in PROFILES[name]["notebooks"].items():
+        assert values.keys() <= DEFAULTS[notebook].keys()
+        assert [key for key in values if values[key] == DEFAULTS[notebook][key]] == []
+        for key, value in values.items():
+            assert isinstance(value, type(DEFAULTS[notebook][key])) or key == "encoders", (notebook, key)
+
+
+def test_a_profile_takes_the_place_of_defaults_and_of_nothing_else(capsys):
+    given = DEFAULTS["03_finetune_arcmargin"]
+    chosen = gu.profile_parameters("gpu", "03_finetune_arcmargin", given)
+    assert chosen == PROFILES["gpu"]["notebooks"]["03_finetune_arcmargin"]
+    assert "profile gpu sets train_images = 'cub'" in capsys.readouterr().out
+    mine = gu.profile_parameters("gpu", "03_finetune_arcmargin", given | {"train_images": "photos", "margin": 0.2})
+    assert mine == {key: value for key, value in chosen.items() if key not in ("train_images", "margin")}
+    assert gu.profile_parameters("mini", "03_finetune_arcmargin", given) == {}
+
+
+def test_a_name_without_a_file_only_names_results_and_says_so(capsys):
+    assert gu.profile_parameters("gup", "01_search_images", DEFAULTS["01_search_images"]) == {}
+    assert "a name for results only; with parameters of their own: gpu, mini, paper" in capsys.readouterr().out
+
+
+def test_a_misspelt_parameter_in_a_profile_is_an_error(tmp_path, monkeypatch):
+    (tmp_path / "notebooks" / "profiles").mkdir(parents=True)
+    for name, values in (("mini", {"k": 5}), ("wide", {"kk": 9})):
+        text = yaml.safe_dump({"profile": name, "notebooks": {"01_one": values}})
+        (tmp_path / "notebooks" / "profiles" / f"{name}.yml").write_text(text)
+    monkeypatch.setattr(gu, "HERE", tmp_path)
+    with pytest.raises(ValueError, match="profiles/wide.yml sets kk, which 01_one does not know"):
+        gu.profile_parameters("wide", "01_one", {"k": 5})
+
+
+# --- line-ups ---
+
+
+def encoders_of(values):
+    """The encoders that a notebook's part of a profile names, in whatever form."""
+    listed = values.get("encoders", [])
+    listed = listed if isinstance(listed, list) else [name.strip() for name in listed.split(",")]
+    return listed + [values[key] for key in ("encoder", "captioner") if key in values]
+
+
+@pytest.mark.parametrize("name", [name for name in PROFILES if name != "mini"])
+def test_every_encoder_of_a_profile_exists_in_the_installed_libraries(name):
+    seven = lift("07")
+    for values in PROFILES[name]["notebooks"].values():
+        for encoder in encoders_of(values):
+            kind, _, rest = encoder.partition(":")
+            there = open_clip.list_pretrained() if kind == "open_clip" else timm.list_pretrained()
+            assert (tuple(rest.split("/")) if kind == "open_clip" else rest) in there, encoder
+            assert seven.licence_of(encoder)
+
+
+@pytest.mark.parametrize("name", [name for name in PROFILES if name != "mini"])
+def test_every_data_set_of_a_profile_has_an_entry_and_the_split_it_asks_for(name):
+    table = gu.dataset_module().TABLE
+    for notebook, values in PROFILES[name]["notebooks"].items():
+        for key, usual in (("images", "test"), ("train_images", "train"), ("test_images", "test"), ("bank", "train")):
+            for part in values[key].split(" + ") if key in values else []:
+                source, _, split = part.partition(":")
+                assert (split or usual) in table[source]["splits"], (notebook, part)
+                if name == "gpu":
+                    assert all("url" in file for file in table[source]["files"]), f"{part} needs a login"
+
+
+@pytest.mark.parametrize("name", ["gpu", "paper"])
+def test_todays_encoders_are_beside_those_of_the_papers_in_notebook_02(name):
+    names = PROFILES[name]["notebooks"]["02_benchmark_encoders"]["encoders"]
+    families = ["openai", "laion2b", "datacomp", "SigLIP", "SigLIP2", "PE-Core", "metaclip2", "MobileCLIP2"]
+    families += ["dinov2", "dinov3", "in21k"]
+    assert [family for family in families if not any(family in name for name in names)] == []
+
+
+def test_the_tables_of_the_papers_are_measured_with_the_papers_encoders():
+    seven = lift("07")
+    for profile in ("gpu", "paper", "paper_mcip"):
+        values = PROFILES[profile]["notebooks"]["07_reproduce_papers"]
+        assert set(values["encoders"]) <= set(seven.published_rows(values["table"])), profile
+
+
+# --- the whole profile `gpu`, with data in small and random models in place of the downloads ---
+
+SMALL_MODELS = '''
+"""In place of downloads: every architecture in small, with random weights that come from a file all the same."""
+
+import os
+from pathlib import Path
+
+import open_clip
+import timm
+import torch
+
+WEIGHTS = Path(os.environ["SMALL_WEIGHTS"])
+CONFIGS = open_clip.factory._MODEL_CONFIGS
+for name in CONFIGS:
+    CONFIGS[name] = {
+        "embed_dim": 32,
+        "vision_cfg": {"image_size": 64, "layers": 2, "width": 64, "head_width": 32, "patch_size": 16},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
+    }
+
+
+def weights_of(cfg, **_):
+    """What open_clip asks the network for: a file of weights of the architecture that is being built."""
+    path = WEIGHTS / f"{BUILDING[-1]}.pt"
+    if not path.exists():
+        torch.manual_seed(len(path.name))
+        torch.save(open_clip.create_model(BUILDING[-1]).state_dict(), path)
+    return str(path)
+
+
+BUILDING, create = [], open_clip.factory.create_model_and_transforms
+
+
+def create_small(architecture, **settings):
+    BUILDING.append(architecture)
+    return create(architecture, **settings | {"force_quick_gelu": False})
+
+
+tokenizer_of = open_clip.get_tokenizer  # many tokenizers are downloads too; CLIP's own is not
+open_clip.get_tokenizer = lambda name, **given: tokenizer_of("ViT-B-16" if name in CONFIGS else name, **given)
+open_clip.create_model_and_transforms = create_small
+open_clip.factory.download_pretrained = weights_of
+
+make = timm.create_model
+
+
+def make_small(name, pretrained=False, **settings):
+    return make(name, pretrained=False, **settings, embed_dim=48, depth=2, num_heads=2)
+
+
+timm.create_model = make_small
+'''
+
+
+def drawn_photos(count, size=(90, 70)):
+    """Pictures with something in them: the mini world's test images, as photographs of another shape."""
+    world = gu.load_images("mini", "test")
+    return [world[row].resize(size) for row in range(0, 10 * count, 10)]
+
+
+def course_in_small(folder):
+    """A copy of the course whose data sets are small, and whose encoders are small and random."""
+    shutil.copytree(gu.HERE / "notebooks", folder / "notebooks", ignore=shutil.ignore_patterns("solutions", ".*"))
+    shutil.copytree(gu.HERE / "data", folder / "data", ignore=shutil.ignore_patterns("__pycache__"))
+    code = (gu.HERE / "gpnns_utils.py").read_text(encoding="utf-8")
+    (folder / "gpnns_utils.py").write_text(code + "\nimport small_models  # noqa\n", encoding="utf-8")
+    (folder / "small_models.py").write_text(SMALL_MODELS)
+    (folder / "weights").mkdir()
+    sets, photos = folder / "datasets", iter(drawn_photos(220))
+    counts = {name: in_small.BUILDERS[name](sets / name) for name in ("instre", "roxford", "rparis", "sop")}
+    counts |= {name: in_small.BUILDERS[name](sets / name) for name in ("flowers", "aircraft")}
+
+    def save(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        next(photos).save(path, "jpeg")
+
+    for number in range(12):
+        for i in range(3):
+            save(sets / "gpr1200" / "images" / f"{number}_{i}.jpg")
+    counts["gpr1200"] = {"test": [36, 12]}
+    top, listed = sets / "cub" / "CUB_200_2011", []
+    classes = {c: f"{c:03d}.Bird_{c}" for c in [*range(1, 13), *range(101, 107)]}
+    for c, name in classes.items():
+        for i in range(6):
+            listed.append((c, f"{name}/{i}.jpg"))
+            save(top / "images" / listed[-1][1])
+    in_small.write(top / "classes.txt", "".join(f"{c} {name}\n" for c, name in classes.items()))
+    in_small.write(top / "images.txt", "".join(f"{i} {path}\n" for i, (_, path) in enumerate(listed, 1)))
+    in_small.write(top / "image_class_labels.txt", "".join(f"{i} {c}\n" for i, (c, _) in enumerate(listed, 1)))
+    counts["cub"] = {"train": [72, 12], "test": [36, 6]}
+    images = []
+    for i in range(36):
+        sentences = [{"raw": f"a picture of bird {i} number {j}"} for j in range(5)]
+        name, part = f"{i:012d}.jpg", "val" if i < 24 else "test"
+        images.append({"filename": name, "filepath": "val2014", "split": part, "sentences": sentences})
+        save(sets / "coco" / "val2014" / name)
+    in_small.write(sets / "coco" / "caption_datasets" / "dataset_coco.json", {"images": images, "dataset": "coco"})
+    counts["coco"] = {"validation": [24], "test": [12]}
+    table = (folder / "data" / "datasets.toml").read_text(encoding="utf-8")
+    parts = table.split("\n[")
+    for i, part in enumerate(parts):
+        if (name := part.split("]")[0]) in counts:
+            lines = [line for line in part.splitlines() if not line.startswith(("splits =", "unlisted ="))]
+            splits = ", ".join(f"{split} = {numbers}" for split, numbers in counts[name].items())
+            parts[i] = "\n".join([lines[0], f"splits = {{ {splits} }}", 'unlisted = "any"', *lines[1:], ""])
+    (folder / "data" / "datasets.toml").write_text("\n[".join(parts), encoding="utf-8")
+    return folder
+
+
+# What the small data sets are too small for, and what would only repeat: the profile sets everything else.
+SMALLER = {
+    "02_benchmark_encoders": {"dimensions": 8},
+    "03_finetune_arcmargin": {"batch_size": 16, "epochs": 1.0},
+    "04_realign_text_mcip": {"batch_size": 16, "epochs": 1.0, "realign_epochs": 1.0, "text_chunk": 64},
+    "05_average_soups": {"batch_size": 8, "epochs": 1.5, "dimensions": 8},
+    "06_normalize_neighbors_nnn": {"depth": 3},
+}
+
+
+@pytest.mark.notebook
+def test_the_gpu_profile_runs_from_end_to_end_with_small_random_models(tmp_path):
+    """Kaggle is imitated by its variable; there is no network, and none is asked for."""
+    course = course_in_small(tmp_path / "course")
+    shutil.copytree(
+        gu.cache_folder() / "mini_world", tmp_path / "cache" / "mini_world"
+    )  # notebook 07 tries tasks on it
+    environment = os.environ | {
+        "GPNNS_DATA": str(course / "datasets"),
+        "GPNNS_CACHE": str(tmp_path / "cache"),
+        "SMALL_WEIGHTS": str(course / "weights"),
+        "KAGGLE_KERNEL_RUN_TYPE": "Batch",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": "",
+    }
+    for path in NOTEBOOKS:
+        out = tmp_path / path.name
+        parameters = {"profile": "gpu"} | SMALLER.get(path.stem, {})
+        command = [sys.executable, "-m", "papermill", str(course / "notebooks" / path.name), str(out), "-k", "python3"]
+        command += ["--cwd", str(course), "--no-progress-bar", "-y", json.dumps(parameters)]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert result.returncode == 0, f"{path.stem}: {result.stderr[-3000:]}"
+        cells = nbformat.read(out, as_version=4).cells
+        text = "".join(o.get("text", "") for cell in cells for o in cell.get("outputs", []))
+        assert "profile gpu sets" in text and "| Kaggle" in text
+        written = json.loads((course / "runs" / "gpu" / f"{path.stem}.json").read_text())
+        models = {row["model"] for row in written["rows"]}
+        assert written["profile"] == "gpu" and written["rows"] and not models & {"mini", "random", "pixels"}
+        assert all(np.isfinite(row["value"]) for row in written["rows"])
+    columns = {row["split"] for row in written["rows"]}
+    assert columns >= {"instre", "gpr1200", "roxford", "rparis", "cub", "sop", "flowers", "aircraft"}
+
+
+def test_the_small_course_differs_from_the_real_one_only_in_what_is_downloaded(tmp_path):
+    course = course_in_small(tmp_path / "course")
+    assert (course / "gpnns_utils.py").read_text().startswith((gu.HERE / "gpnns_utils.py").read_text())
+    for path in NOTEBOOKS:
+        assert (course / "notebooks" / path.name).read_bytes() == path.read_bytes()
+    assert Image.open(next((course / "datasets" / "cub").rglob("*.jpg"))).size == (90, 70)
+    assert pm.inspect_notebook(str(NOTEBOOKS[0])).keys() == DEFAULTS[NOTEBOOKS[0].stem].keys() | {"profile"}
