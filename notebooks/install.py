@@ -21,10 +21,10 @@ REMEDIES = {  # what a failed step printed, and what to do; the first that fits
     " says, which may be another disk than this one. Make room. " + AGAIN,
     "ensurepip|No module named .?venv": "Python's venv module is incomplete here. On Debian and Ubuntu:"
     " apt install python3-venv, or python3.{minor}-venv. " + AGAIN,
-    "(?i)connect|resolve host|dns|timed out|unreachable|failed to fetch|proxy|certificate": "The packages could not be"
+    "(?i)connect|resolve host|dns|timed out|unreachable|failed to fetch|proxy|certificate|from versions: none": "The packages could not be"
     " downloaded. Is this computer online? Behind a proxy, set HTTPS_PROXY; where packages come from a mirror, set"
     " PIP_INDEX_URL and UV_DEFAULT_INDEX to its address. " + AGAIN,
-    "No solution found|has no wheels|No matching distribution": "A package, named above, is not made for Python"
+    "No solution found|has no wheels": "A package, named above, is not made for Python"
     " 3.{minor} on this kind of machine. Try another: make PYTHON=python3.12. For Macs with Intel processors torch is"
     " no longer made.",
 }

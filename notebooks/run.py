@@ -9,6 +9,7 @@ import argparse
 import base64
 import io
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -27,10 +28,11 @@ except ModuleNotFoundError as error:
 
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parent
-DEAD = (
-    "\nA kernel dies mostly for lack of memory (papermill alone then ends with exit status 138). Close other programs, "
-    "or choose a smaller batch_size or fewer images, and run the notebook again: embeddings and trainings go on where "
-    "they were."
+LACK_OF_MEMORY = re.compile("DeadKernelError|MemoryError|out of memory|allocate memory", re.I)
+MEMORY = (
+    "\nMemory ran out, most likely; a kernel dies of little else (papermill alone then ends with exit status 138). Close "
+    "other programs, or choose a smaller batch_size or fewer images, and run the notebook again: embeddings and "
+    "trainings go on where they were."
 )
 
 
@@ -152,8 +154,8 @@ def main() -> int:
     for name, seconds, result in table:
         print(f"{name:{width}}  {seconds:>6}  {result}")
     if failed:
-        if "DeadKernelError" in failed:
-            print(DEAD, file=sys.stderr)
+        if LACK_OF_MEMORY.search(failed):
+            print(MEMORY, file=sys.stderr)
         print(f"\nThe run stopped. The executed copies, with the full error, are in {folder}", file=sys.stderr)
     return 1 if failed else 0
 
