@@ -12,9 +12,11 @@ import re
 import subprocess
 import sys
 import tempfile
+import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+UV = [sys.executable, "-m", "uv"]
 SPEC = importlib.util.spec_from_file_location("prepare", ROOT / "notebooks" / "prepare.py")
 prepare = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(prepare)
@@ -42,24 +44,29 @@ def split_requirements(installed: dict[str, str]) -> tuple[list[str], list[str]]
 def build(freeze: Path, folder: Path) -> None:
     installed = read_freeze(freeze.read_text(encoding="utf-8"))
     python = folder / "bin" / "python"
-    uv = [sys.executable, "-m", "uv"]
-    subprocess.run([*uv, "venv", "--quiet", "--seed", "--python", sys.executable, str(folder)], check=True)
-    with tempfile.TemporaryDirectory() as temporary:
-        constraints = Path(temporary) / "constraints.txt"
-        constraints.write_text("".join(f"{name}=={version}\n" for name, version in installed.items()))
-        there, _ = split_requirements(installed)
-        pip = [*uv, "pip", "install", "--quiet", "--python", str(python), "--constraint", str(constraints)]
-        subprocess.run([*pip, *there, "ipykernel"], check=True)
+    subprocess.run([*UV, "venv", "--quiet", "--seed", "--python", sys.executable, str(folder)], check=True)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    there, _ = split_requirements(installed)
+    install(python, installed, [*there, "ipykernel"])
     before = freeze_of(python)
     subprocess.run([str(python), str(ROOT / "notebooks" / "prepare.py")], check=True)
     after = freeze_of(python)
     if changed := changes(before, after):
         sys.exit("prepare.py changed what was installed: " + ", ".join(changed))
     print("added", ", ".join(f"{name}=={after[name]}" for name in sorted(after.keys() - before.keys())))
+    install(python, installed | after, [prepare.name_of(line) for line in project["optional-dependencies"]["dev"]])
+
+
+def install(python: Path, held: dict[str, str], requirements: list[str]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        constraints = Path(folder) / "held.txt"
+        constraints.write_text("".join(f"{name}=={version}\n" for name, version in held.items()))
+        command = [*UV, "pip", "install", "--quiet", "--python", str(python), "--constraint", str(constraints)]
+        subprocess.run([*command, *requirements], check=True)
 
 
 def freeze_of(python: Path) -> dict[str, str]:
-    command = [sys.executable, "-m", "uv", "pip", "freeze", "--python", str(python)]
+    command = [*UV, "pip", "freeze", "--python", str(python)]
     return read_freeze(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
