@@ -16,18 +16,28 @@ VENV = ROOT / ".venv"
 PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 DISK = 7e9 if sys.platform == "linux" else 3e9  # torch for Linux brings the libraries of a GPU along: 6 GB in all
 AGAIN = "Then run the same command again: it goes on where it was."
-REMEDIES = {  # what a failed step printed, and what to do; the first that fits
-    "No space left|Disk quota": "The disk is full. uv keeps what it downloads in ~/.cache/uv, or where UV_CACHE_DIR"
-    " says, which may be another disk than this one. Make room. " + AGAIN,
-    "ensurepip|No module named .?venv": "Python's venv module is incomplete here. On Debian and Ubuntu:"
-    " apt install python3-venv, or python3.{minor}-venv. " + AGAIN,
-    "(?i)connect|resolve host|dns|timed out|unreachable|failed to fetch|proxy|certificate|from versions: none": "The packages could not be"
-    " downloaded. Is this computer online? Behind a proxy, set HTTPS_PROXY; where packages come from a mirror, set"
-    " PIP_INDEX_URL and UV_DEFAULT_INDEX to its address. " + AGAIN,
-    "No solution found|has no wheels": "A package, named above, is not made for Python"
-    " 3.{minor} on this kind of machine. Try another: make PYTHON=python3.12. For Macs with Intel processors torch is"
-    " no longer made.",
-}
+REMEDIES = [  # what a failed step prints, and what to do: the first that fits
+    (
+        "No space left|Disk quota",
+        "The disk is full. uv keeps what it downloads in ~/.cache/uv, or where UV_CACHE_DIR says, which may be another "
+        "disk than this one. Make room. " + AGAIN,
+    ),
+    (
+        "ensurepip|No module named .?venv",
+        "Python's venv module is incomplete here. On Debian and Ubuntu: apt install python3-venv, or "
+        "python3.{minor}-venv. " + AGAIN,
+    ),
+    (
+        "(?i)connect|resolve host|dns error|timed out|unreachable|failed to fetch|proxy|certificate|versions: none",
+        "The packages could not be downloaded. Is this computer online? Behind a proxy, set HTTPS_PROXY; where packages "
+        "come from a mirror, set PIP_INDEX_URL and UV_DEFAULT_INDEX to its address. " + AGAIN,
+    ),
+    (
+        "No solution found|has no wheels",
+        "A package, named above, is not made for Python 3.{minor} on this kind of machine. Try another: make "
+        "PYTHON=python3.12. For Macs with Intel processors torch is no longer made.",
+    ),
+]
 
 
 def main() -> None:
@@ -70,7 +80,7 @@ def step(*command: str) -> None:
         if not line.startswith(" + "):  # one for each of 170 packages
             print(line, end="", flush=True)
     if process.wait():
-        known = (remedy for sign, remedy in REMEDIES.items() if re.search(sign, "".join(lines)))
+        known = (remedy for sign, remedy in REMEDIES if re.search(sign, "".join(lines)))
         remedy = next(known, "The installation stopped; the reason stands above. " + AGAIN)
         sys.exit("\n" + remedy.format(minor=sys.version_info[1]))
 
