@@ -3,7 +3,6 @@
 import ast
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -18,14 +17,18 @@ INSTALL = gu.load_module(gu.HERE / "notebooks" / "install.py")
 NOWHERE = "http://127.0.0.1:9/simple"  # nothing listens there
 OFFLINE = {"PIP_INDEX_URL": NOWHERE, "UV_DEFAULT_INDEX": NOWHERE, "PIP_RETRIES": "0", "UV_HTTP_RETRIES": "0"}
 OFFLINE |= {"PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": "", "PIP_NO_CACHE_DIR": "1", "UV_NO_CACHE": "1"}
+# Not what a `make test` around this tells its own commands.
+HERE = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
 
 
 @pytest.fixture
 def course(tmp_path, monkeypatch):
-    """What an installation needs of the course, without an environment."""
+    """What an installation needs of the course, without an environment, on a disk with room."""
     for name in ("Makefile", "pyproject.toml", "notebooks/install.py", "notebooks/run.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        shutil.copy(gu.HERE / name, tmp_path / name)
+        text = (gu.HERE / name).read_text(encoding="utf-8")
+        (tmp_path / name).write_text(re.sub("^DISK = .*", "DISK = 0", text, flags=re.M), encoding="utf-8")
+    monkeypatch.setattr(INSTALL.shutil, "disk_usage", lambda _: SimpleNamespace(free=1e12))
     monkeypatch.setattr(INSTALL, "ROOT", tmp_path)
     monkeypatch.setattr(INSTALL, "VENV", tmp_path / ".venv")
     return tmp_path
@@ -34,7 +37,7 @@ def course(tmp_path, monkeypatch):
 def make(course, python, **environment):
     """The last lines of a `make course` that fails."""
     command = ["make", "course", f"PYTHON={python}"]
-    result = subprocess.run(command, cwd=course, env=os.environ | environment, capture_output=True, text=True)
+    result = subprocess.run(command, cwd=course, env=HERE | environment, capture_output=True, text=True)
     assert result.returncode != 0 and "Traceback" not in result.stderr
     assert not (course / ".venv" / ".ready").exists(), "an installation that failed does not count"
     return "\n".join((result.stdout + result.stderr).strip().splitlines()[-3:])
@@ -133,9 +136,7 @@ def test_the_next_make_goes_on_and_one_that_is_done_does_nothing(course):
     )
     make(course, python, FAILS="1")
     for _ in range(2):
-        subprocess.run(
-            ["make", ".venv/.ready", f"PYTHON={python}"], cwd=course, env=os.environ | {"FAILS": "0"}, check=True
-        )
+        subprocess.run(["make", ".venv/.ready", f"PYTHON={python}"], cwd=course, env=HERE | {"FAILS": "0"}, check=True)
     assert (course / "calls").read_text().splitlines() == ["notebooks/install.py"] * 2, (
         "one that failed, one that did not"
     )
