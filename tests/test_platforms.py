@@ -170,6 +170,13 @@ def test_of_two_installed_versions_the_one_that_python_imports_is_held(tmp_path,
     assert PREPARE.held()["some-package"] == "2.0"
 
 
+def test_a_numpy_before_2_will_do():
+    """Kaggle holds numpy 1.26, which has no vecdot."""
+    code = "import numpy as np; del np.vecdot; import gpnns_utils as gu; print(gu.unit_rows(np.array([[3.0, 4.0]])).tolist())"
+    result = subprocess.run([sys.executable, "-c", code], cwd=gu.HERE, capture_output=True, text=True)
+    assert result.stdout.startswith("[[0.6"), result.stderr
+
+
 # --- inputs that can only be read ---
 
 GUARD = {"folder": None, "broken": []}
