@@ -1017,11 +1017,15 @@ def drop_unreadable(images: ImageSet, rows: np.ndarray) -> None:
 BLOCK, TILE = 2048, 2048  # queries and gallery rows whose scores are computed at a time: 16 MB for each core
 
 
+# numpy before 2, which Kaggle has installed, lacks it.
+vecdot = getattr(np, "vecdot", None) or (lambda a, b: np.einsum("nd,nd->n", a, b))
+
+
 def unit_rows(vectors: np.ndarray, what: str = "the vectors", first: int = 0) -> np.ndarray:
     """Rows divided by their length, float32. Raises ValueError for NaN, infinite or zero rows and names the first,
     counted from `first`."""
     vectors = checked(vectors, what, first)
-    squares = np.vecdot(vectors, vectors)
+    squares = vecdot(vectors, vectors)
     if not squares.all():
         row = first + int(np.argmin(squares))
         raise ValueError(f"{what}: row {row} is zero and has no direction; leave that image out")
@@ -1032,7 +1036,7 @@ def checked(vectors: np.ndarray, what: str = "the vectors", first: int = 0) -> n
     """A contiguous, finite float32 (n, d) array, or a ValueError that says what is wrong where."""
     vectors = np.ascontiguousarray(table_of(vectors, what), dtype=np.float32)
     with np.errstate(over="ignore"):
-        squares = np.vecdot(vectors, vectors)  # not finite where a row is not, and one pass over the data
+        squares = vecdot(vectors, vectors)  # not finite where a row is not, and one pass over the data
     if np.isfinite(squares).all():
         return vectors
     finite = np.isfinite(vectors).all(axis=1)

@@ -9,17 +9,30 @@ import argparse
 import base64
 import io
 import json
+import re
 import sys
 import time
 from pathlib import Path
 
-import nbformat
-import papermill
-from papermill.exceptions import PapermillExecutionError
-from PIL import Image
+try:
+    import nbformat
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
+    from PIL import Image
+except ModuleNotFoundError as error:
+    sys.exit(
+        f"{error.name} is not installed for {sys.executable}. Start the course with `make course`; without make: "
+        "`python3 notebooks/install.py`, then `.venv/bin/python notebooks/run.py`"
+    )
 
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parent
+LACK_OF_MEMORY = re.compile("DeadKernelError|MemoryError|out of memory|allocate memory", re.I)
+MEMORY = (
+    "\nMemory ran out, most likely; a kernel dies of little else (papermill alone then ends with exit status 138). Close "
+    "other programs, or choose a smaller batch_size or fewer images, and run the notebook again: embeddings and "
+    "trainings go on where they were."
+)
 
 
 def run_notebook(path: Path, output: Path, profile: str) -> str | None:
@@ -37,7 +50,7 @@ def run_notebook(path: Path, output: Path, profile: str) -> str | None:
         )
     except PapermillExecutionError as error:
         return f"cell {own_number(path, error.cell_index)}: {error.ename}: {error.evalue}"
-    except Exception as error:  # no kernel, or one that died, mostly for lack of memory
+    except Exception as error:  # no kernel, or one that died
         message = str(error).strip().splitlines()
         return f"cell {max(executed(output)[0], default=1)}: {type(error).__name__}: {message[0] if message else ''}"
     # sys.exit() in a cell ends a run silently: only what was never started tells.
@@ -134,6 +147,8 @@ def main() -> int:
     for name, seconds, result in table:
         print(f"{name:{width}}  {seconds:>6}  {result}")
     if failed:
+        if LACK_OF_MEMORY.search(failed):
+            print(MEMORY, file=sys.stderr)
         print(f"\nThe run stopped. The executed copies, with the full error, are in {folder}", file=sys.stderr)
     return 1 if failed else 0
 

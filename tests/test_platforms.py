@@ -2,6 +2,8 @@
 
 import importlib.metadata
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ import torch
 import gpnns_utils as gu
 
 PREPARE = gu.load_module(gu.HERE / "notebooks" / "prepare.py")
+VERSIONS = gu.load_module(gu.HERE / "tests" / "colab_versions.py")
 FIRST_CELL = next(
     "".join(cell["source"])
     for cell in json.loads((gu.HERE / "notebooks" / "01_search_images.ipynb").read_text(encoding="utf-8"))["cells"]
@@ -106,3 +109,107 @@ def test_setup_says_where_the_gpu_is_switched_on(platform, advice, monkeypatch, 
         monkeypatch.setitem(sys.modules, "google.colab", object())
     assert gu.setup(results[0]).platform == platform
     assert advice in capsys.readouterr().out
+
+
+# --- the versions that the platforms have installed ---
+
+PLATFORMS = {"colab": "3.12", "kaggle": "3.11"}
+
+
+def resolve(held, python, requirements, folder):
+    """Package -> version as uv would install the requirements with what is held at its version, without doing it."""
+    (folder / "held.txt").write_text("".join(f"{name}=={version}\n" for name, version in held.items()))
+    command = [sys.executable, "-m", "uv", "pip", "compile", "-", "--quiet", "--no-header", "--no-annotate"]
+    command += ["--constraint", "held.txt", "--python-version", python, "--python-platform", "x86_64-manylinux_2_28"]
+    result = subprocess.run(command, input="\n".join(requirements), cwd=folder, capture_output=True, text=True)
+    if re.search("error sending request|Connect|dns error|timed out|client error", result.stderr):
+        pytest.skip("the package index cannot be reached")
+    assert result.returncode == 0, result.stderr
+    return VERSIONS.read_freeze(result.stdout)
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_what_is_lacking_fits_the_versions_that_are_installed(platform, tmp_path):
+    installed = VERSIONS.read_freeze((gu.HERE / "tests" / "platforms" / f"{platform}.txt").read_text())
+    there, lacking = VERSIONS.split_requirements(installed)
+    assert {"torch", "torchvision", "numpy", "pillow"} <= {line.split("==")[0] for line in there}
+    found = resolve(installed, PLATFORMS[platform], there + lacking, tmp_path)
+    assert not VERSIONS.changes({name: installed[name] for name in found.keys() & installed.keys()}, found)
+    names = {PREPARE.canonical(PREPARE.name_of(line)) for line in lacking}
+    assert names <= {"open-clip-torch", "faiss-cpu", "papermill"}, "what a platform lacks is installed in a minute"
+    assert names <= found.keys()
+
+
+def test_versions_that_do_not_fit_are_noticed(tmp_path):
+    with pytest.raises(AssertionError, match="unsatisfiable|No solution"):
+        resolve({"timm": "0.6.13"}, "3.12", ["open_clip_torch>=3.2"], tmp_path)
+
+
+def test_a_list_of_what_is_installed_is_read_as_pip_writes_it():
+    freeze = (
+        "# comment\ntorch==2.9.0+cpu\nPyYAML==6.0.3\nen_core @ https://models/en_core.whl\ntorch_geo.metric==1.0 ; x\n"
+    )
+    assert VERSIONS.read_freeze(freeze) == {"torch": "2.9.0", "pyyaml": "6.0.3", "torch-geo-metric": "1.0"}
+    assert VERSIONS.python_of("# comment\nUbuntu 22.04.4 LTS\nPython 3.12.12\nR version 4.5.2\n") == "3.12"
+
+
+def test_what_preparing_changed_is_noticed():
+    before = {"numpy": "2.0.2", "pillow": "11.3.0", "six": "1.17.0"}
+    after = {"numpy": "2.5.5", "pillow": "11.3.0", "faiss-cpu": "1.15.1"}
+    assert VERSIONS.changes(before, after) == ["numpy 2.0.2 -> 2.5.5", "six 1.17.0 -> None"]
+    assert VERSIONS.changes(before, before | {"faiss-cpu": "1.15.1"}) == []
+
+
+def test_of_two_installed_versions_the_one_that_python_imports_is_held(tmp_path, monkeypatch):
+    """As on Colab, where Debian's own packages lie behind those of pip."""
+    for folder, name, version in (("pip", "Some_Package", "2.0"), ("debian", "some-package", "1.0")):
+        path = tmp_path / folder / f"some_package-{version}.dist-info" / "METADATA"
+        path.parent.mkdir(parents=True)
+        path.write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "pip"), str(tmp_path / "debian"), *sys.path])
+    assert PREPARE.held()["some-package"] == "2.0"
+
+
+def test_a_numpy_before_2_will_do():
+    """Kaggle holds numpy 1.26, which has no vecdot."""
+    code = "import numpy as np; del np.vecdot; import gpnns_utils as gu; print(gu.unit_rows(np.array([[3.0, 4.0]])).tolist())"
+    result = subprocess.run([sys.executable, "-c", code], cwd=gu.HERE, capture_output=True, text=True)
+    assert result.stdout.startswith("[[0.6"), result.stderr
+
+
+# --- inputs that can only be read ---
+
+GUARD = {"folder": None, "broken": []}
+
+
+def no_writing(event, arguments):
+    """An audit hook: notes every change below the guarded folder. Permission bits would not stop root."""
+    if GUARD["folder"] is None or not arguments or not isinstance(arguments[0], str | bytes | os.PathLike):
+        return
+    changes = {"os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.chmod", "os.utime", "os.link", "os.symlink"}
+    writing = (
+        event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+    )
+    paths = [os.fsdecode(part) for part in arguments if isinstance(part, str | bytes | os.PathLike)]
+    if (writing or event in changes) and any(path.startswith(GUARD["folder"]) for path in paths):
+        GUARD["broken"].append((event, *paths))
+
+
+@pytest.fixture
+def read_only(folder):
+    """The folder of images as Kaggle would give it: it can be read, and who writes to it is found out."""
+    sys.addaudithook(no_writing)  # for as long as Python runs; it rests without a folder
+    (folder / "captions.json").write_text('{"red": ["a red one"]}')
+    GUARD.update(folder=str(folder), broken=[])
+    yield folder
+    GUARD["folder"] = None
+
+
+def test_a_folder_that_can_only_be_read_is_only_read(read_only, cache):
+    images = gu.load_images(str(read_only))
+    encoder = gu.load_encoder("mini")
+    assert len(gu.embed_images(encoder, images)) == 12
+    gu.image_to_image(encoder, images)
+    assert GUARD["broken"] == []
+    (read_only / "notes.txt").write_text("found out")
+    assert [event for event, *_ in GUARD["broken"]] == ["open"]

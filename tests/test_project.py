@@ -54,7 +54,7 @@ def test_the_top_level_holds_what_the_design_names():
         "data",
         "tests",
     }
-    assert top <= allowed | {".ci", ".gitignore", "LICENSE"}
+    assert top <= allowed | {".ci", ".github", ".gitignore", "LICENSE"}
 
 
 def test_an_installed_package_works_anywhere(tmp_path):
@@ -98,3 +98,17 @@ def test_published_tables_are_complete():
         assert len(columns) == 15 and sum(columns) / 15 == pytest.approx(row["avg"], abs=0.06)
     with pytest.raises(FileNotFoundError, match="there are gpnns_table4"):
         gu.load_published("table5")
+
+
+def test_the_workflows_run_what_is_there():
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
+    for path in (ROOT / ".github" / "workflows").glob("*.yml"):
+        workflow = yaml.safe_load(path.read_text())
+        steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
+        commands = "\n".join(step.get("run", "") for step in steps)
+        made = re.findall(r"^make (\w+)", commands, re.M)
+        assert made and set(made) <= targets
+        named = re.findall(r"\b(?:tests|notebooks)/[\w./]+", commands)
+        assert named and all((ROOT / name).exists() for name in named), named
+        assert workflow["permissions"] == {"contents": "read"}
+        assert all("timeout-minutes" in job for job in workflow["jobs"].values())
