@@ -27,4 +27,4 @@ c = get_config()  # noqa: F821 - Jupyter's name for what a settings file sets
 c.VoilaConfiguration.prelaunch_hook = serve_app_alone
 c.Voila.ip = "localhost"
 c.Voila.auto_token = True
-c.Voila.open_browser = True
+c.VoilaConfiguration.show_tracebacks = True  # a parameter that cannot be used says so to whoever set it
