@@ -86,6 +86,7 @@ def chromium(tmp_path):
     chromium = webdriver.Chrome(options, webdriver.ChromeService(driver))
     chromium.set_script_timeout(10)
     yield chromium
+    keep_picture(chromium, "last")
     chromium.quit()
 
 
@@ -221,7 +222,7 @@ def test_in_jupyterlab_the_explorer_follows_its_controls(chromium, expected, tmp
     quiet.write_text('{"fetchNews": "false", "checkForUpdates": false}')  # asks nobody on the network
     command = ["jupyter-lab", NOTEBOOK.name, *(["--allow-root"] if os.geteuid() == 0 else [])]
     with serving(command, place, tmp_path) as (_, address):
-        chromium.get(address)
+        chromium.get(address.replace("/lab?", f"/lab/tree/{NOTEBOOK.name}?"))
         press_run_all(chromium)
         wait_for(lambda: (folder / "01_search_images.json").exists(), 300, "all cells run")
         wait_for(lambda: found_by_scrolling(chromium), 60, "the explorer in the notebook")
@@ -230,8 +231,8 @@ def test_in_jupyterlab_the_explorer_follows_its_controls(chromium, expected, tmp
 
 def press_run_all(chromium):
     menu, entry = "//*[contains(@class, 'lm-MenuBar-itemLabel') and .='Run']", "//*[.='Run All Cells']"
-    kernel = (By.CSS_SELECTOR, ".jp-Notebook-ExecutionIndicator[data-status='idle']")
-    wait_for(lambda: chromium.find_elements(*kernel), 60, "a notebook with a kernel")
+    idle = "//*[contains(@class, 'jp-StatusBar-TextItem') and contains(., '| Idle')]"
+    wait_for(lambda: chromium.find_elements(By.XPATH, idle), 60, "a notebook with a kernel")
     chromium.find_element(By.XPATH, menu).click()
     wait_for(lambda: chromium.find_elements(By.XPATH, entry), 10, "the menu Run")[0].click()
 
