@@ -1,4 +1,4 @@
-"""The explorer of notebook 01 as a reader meets it: in JupyterLab and as an app, moved in a real Chromium."""
+"""What a reader sees in a real Chromium: the explorer of notebook 01, moved in JupyterLab and as an app; the site."""
 
 import base64
 import os
@@ -259,6 +259,25 @@ def test_as_an_app_the_explorer_stands_alone_and_follows_its_controls(chromium, 
         assert "You will learn" not in text and "import" not in text and len(text) < 500, text
         pictures = chromium.find_elements(By.CSS_SELECTOR, "#rendered_cells img")
         assert len(pictures) == 1, "no figure of the lesson"
+
+
+@pytest.mark.parametrize("width", [390, 1280], ids=["phone", "desk"])
+def test_the_site_fits_its_window(chromium, width):
+    subprocess.run([sys.executable, str(NOTEBOOK.parent / "pages.py")], check=True)
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+    chromium.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    chromium.execute_cdp_cmd("Network.enable", {})
+    chromium.execute_cdp_cmd("Network.setBlockedURLs", {"urls": ["http*"]})  # a reader without network
+    wider = """
+        return [...document.querySelectorAll("main *")].filter(part => !part.closest("table, pre, math")
+            && part.getBoundingClientRect().right > innerWidth + 1).map(part => part.outerHTML.slice(0, 200))
+    """
+    missing = "return [...document.images].filter(i => i.src.startsWith('data:') && !i.naturalWidth).length"
+    for page in sorted((gu.HERE / "build" / "site").glob("*.html")):
+        chromium.get(page.as_uri())
+        keep_picture(chromium, f"site_{width}_{page.stem}")
+        assert chromium.execute_script(wider) == [], page.name
+        assert chromium.execute_script(missing) == 0, page.name
 
 
 @pytest.mark.notebook
