@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ import pytest
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
+from traitlets.config import Config
 
 import gpnns_utils as gu
 
@@ -259,6 +261,20 @@ def test_as_an_app_the_explorer_stands_alone_and_follows_its_controls(chromium, 
         assert "You will learn" not in text and "import" not in text and len(text) < 500, text
         pictures = chromium.find_elements(By.CSS_SELECTOR, "#rendered_cells img")
         assert len(pictures) == 1, "no figure of the lesson"
+
+
+def test_an_app_keeps_injected_parameters_and_other_notebooks_stay_whole():
+    settings = {"get_config": Config}
+    exec((NOTEBOOK.parent / "voila.py").read_text(encoding="utf-8"), settings)
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    injected = nbformat.v4.new_code_cell("images = 'mine'", metadata={"tags": ["injected-parameters"]})
+    at = next(i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", []))
+    notebook.cells.insert(at + 1, injected)
+    preparing, *texts, showing = settings["serve_app_alone"](None, notebook, "").cells
+    assert preparing.source.index('images: str = "mini"') < preparing.source.index(injected.source)
+    assert texts[0].source.startswith("# ") and showing.source == "gu.live_picture(explore, controls)"
+    other = nbformat.read(NOTEBOOK.parent / "02_benchmark_encoders.ipynb", as_version=4)
+    assert len(settings["serve_app_alone"](None, other, "").cells) > 20
 
 
 @pytest.mark.parametrize("width", [390, 1280], ids=["phone", "desk"])
