@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export GPNNS_CACHE ?= $(CURDIR)/.cache
 
-.PHONY: help course test lab render bench check clean
+.PHONY: help course test lab app site render bench check clean
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
@@ -16,6 +16,12 @@ test: $(VENV)/.ready check  ## all tests, notebooks included
 
 lab: $(VENV)/.ready  ## open JupyterLab at the first notebook
 	$(BIN)/jupyter lab notebooks/01_search_images.ipynb
+
+app: $(VENV)/.ready  ## the explorer alone, as a web page on this machine
+	cd notebooks && $(abspath $(BIN))/voila 01_search_images.ipynb
+
+site: $(VENV)/.ready  ## the notebooks as web pages, in build/site/index.html
+	$(BIN)/python notebooks/pages.py
 
 render: $(VENV)/.ready  ## refresh the outputs that are committed with the notebooks
 	$(BIN)/python notebooks/run.py --render

@@ -2407,7 +2407,7 @@ def live_picture(draw: Callable[..., Picture], controls: dict[str, widgets.Widge
     The picture is a widget itself: the Output widget of `interact` hides exceptions, and in batch it sometimes blocks
     for ever (nbclient issue 312).
     """
-    picture = widgets.Image(format="jpeg")
+    picture = widgets.Image(format="jpeg", layout={"align_self": "flex-start", "max_width": "100%"})  # never enlarged
 
     def refresh(_=None) -> None:
         picture.value = draw(**{name: control.value for name, control in controls.items()}).data
