@@ -17,6 +17,7 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from wrong_answers import WRONG
 
 import gpnns_utils as gu
 
@@ -154,13 +155,43 @@ def text_of(notebook):
     return json.dumps([data, [output.get("text", "") for output in outputs]])
 
 
+def with_wrong_answers(path, target):
+    """The notebook with more trials behind each check: a wrong answer, and the check again."""
+    notebook = nbformat.read(path, as_version=4)
+    for cell in [cell for cell in notebook.cells if cell.id.startswith("check-")]:
+        for trial, answer in enumerate(WRONG[path.stem][int(cell.id.removeprefix("check-"))]):
+            again = nbformat.v4.new_code_cell(f"{answer}\n\n{cell.source}", id=f"{cell.id}-{trial}")
+            notebook.cells.insert(notebook.cells.index(cell) + 1, again)
+    nbformat.write(notebook, target)
+    return target
+
+
+def said_by_checks(notebook):
+    """What each check of an executed notebook said, by the id of its cell; None for what is no text."""
+    said = {}
+    for cell in notebook.cells:
+        if cell.id.startswith("check-"):
+            values = [output.data["text/plain"] for output in cell.outputs if output.output_type == "execute_result"]
+            said[cell.id] = ast.literal_eval(values[0]) if values and values[0][0] in "'\"" else None
+    return said
+
+
 @pytest.mark.notebook
-@pytest.mark.parametrize("where", ["root", "notebooks"])
+@pytest.mark.parametrize("where", ["root", "solutions"])
 @pytest.mark.parametrize("path", PATHS, ids=ids)
-def test_a_notebook_runs_from_the_root_and_from_its_folder(path, where, tmp_path, results):
+def test_a_notebook_runs_from_the_root_with_hints_and_its_solution_from_its_folder(path, where, tmp_path, results):
     profile, folder = results
     parameters = {"profile": profile} | QUICK.get(path.stem, {})
-    execute(path, tmp_path / "out.ipynb", parameters, gu.HERE if where == "root" else FOLDER)
+    solution = FOLDER / "solutions" / path.name
+    tried = solution if where == "solutions" else with_wrong_answers(path, tmp_path / path.name)
+    cwd = gu.HERE if where == "root" else solution.parent
+    said = said_by_checks(execute(tried, tmp_path / "out.ipynb", parameters, cwd))
+    checks = {f"check-{number}" for number in WRONG[path.stem]}
+    if where == "solutions":
+        assert said == dict.fromkeys(checks, "right")
+    else:
+        assert said.keys() > checks
+        assert {name: text for name, text in said.items() if not str(text).startswith("hint:")} == {}
     written = json.loads((folder / f"{path.stem}.json").read_text())
     assert written.keys() == {"notebook", "profile", "seconds", "headline", "environment", "rows"}
     assert written["notebook"] == path.stem and written["rows"] and written["headline"]
