@@ -91,6 +91,32 @@ def test_a_notebook_reads_well_on_its_measures(path):
     assert path.stat().st_size < 300 * 1024
 
 
+def shows_a_picture(cell):
+    """A code cell with a picture among its committed outputs, or one that draws outside of a function."""
+    drawing = {"gu.show_images", "gu.show_neighbors", "gu.as_jpeg", "plt.show"}
+    run = [node for node in ast.parse(cell.source).body if not isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    calls = [part for node in run for part in ast.walk(node) if isinstance(part, ast.Call)]
+    kinds = [kind for output in cell.outputs for kind in output.get("data", {})]
+    return any(kind.startswith("image/") for kind in kinds) or bool(
+        drawing & {ast.unparse(call.func) for call in calls}
+    )
+
+
+@pytest.mark.parametrize("path", PATHS, ids=ids)
+def test_every_figure_stands_between_what_to_look_for_and_what_was_seen(path):
+    """Before: a question, or a word that directs the eye. After: a sentence in italics, which is the figure's alt text."""
+    everything = cells(path)
+    figures = [i for i, cell in enumerate(everything) if cell.cell_type == "code" and shows_a_picture(cell)]
+    assert figures
+    for i in figures:
+        before, after = everything[i - 1], everything[i + 1]
+        to_look_for = re.search(r"\?|\b(look|compare|watch|read|check)\b", before.source, re.I)
+        assert before.cell_type == "markdown" and to_look_for, f"what to look for in {everything[i].source}"
+        assert after.cell_type == "markdown", f"a caption of {everything[i].source}"
+        caption = re.fullmatch(r"\*[^*](.+)[.?]\*", after.source, re.S)
+        assert caption and len(caption[1].split()) >= 8, f"a caption of {everything[i].source}"
+
+
 @pytest.mark.parametrize("path", PATHS, ids=ids)
 def test_a_committed_notebook_was_run_from_top_to_bottom_and_is_clean(path):
     notebook = nbformat.read(path, as_version=4)
