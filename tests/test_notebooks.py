@@ -205,7 +205,8 @@ def said_by_checks(notebook):
 @pytest.mark.notebook
 @pytest.mark.parametrize("where", ["root", "solutions"])
 @pytest.mark.parametrize("path", PATHS, ids=ids)
-def test_a_notebook_runs_from_the_root_with_hints_and_its_solution_from_its_folder(path, where, tmp_path, results):
+def test_a_notebook_runs_from_the_root_and_from_its_folder(path, where, tmp_path, results):
+    """From the root as the reader finds it: every check gives a hint, also to wrong answers. From its folder as solved."""
     profile, folder = results
     parameters = {"profile": profile} | QUICK.get(path.stem, {})
     solution = FOLDER / "solutions" / path.name
