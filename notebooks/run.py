@@ -3,9 +3,6 @@
 Executed copies and results go to runs/<profile>/. The first notebook that fails stops the run with its name, cell and
 error and exit status 1. Parameters come from profiles/<profile>/<notebook>.yml, a papermill parameter file, where there
 is one; else the notebook's defaults hold. With --render the executed notebooks also replace the committed ones.
-
-A notebook's twin in solutions/ is the notebook itself, without outputs, with the answers: cells tagged `solution`. After
-a change to a notebook, --render or the quick --solutions writes its twin anew and keeps the answers where they were.
 """
 
 import argparse
@@ -113,7 +110,8 @@ def smaller(png: str) -> str:
 def rebuild_solution(path: Path) -> None:
     """Write the solution of a notebook anew: its cells without outputs, and the old solution's tagged cells.
 
-    An answer stays behind the cell it followed, known by its id. Raises ValueError when that cell is gone.
+    --render does this after each notebook, --solutions for all of them without a run: to be called after any change to
+    a notebook. An answer stays behind the cell it followed, known by its id. ValueError when that cell is gone.
     """
     solution = path.parent / "solutions" / path.name
     notebook, answers, anchor = nbformat.read(path, as_version=4), {}, None
