@@ -113,14 +113,42 @@ def smaller(png: str) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
+def rebuild_solution(path: Path) -> None:
+    """Write the solution of a notebook anew: its cells without outputs, and the old solution's tagged cells.
+
+    --render does this after each notebook, --solutions for all of them without a run: to be called after any change to
+    a notebook. An answer stays behind the cell it followed, known by its id. ValueError when that cell is gone.
+    """
+    solution = path.parent / "solutions" / path.name
+    notebook, answers, anchor = nbformat.read(path, as_version=4), {}, None
+    for cell in nbformat.read(solution, as_version=4).cells if solution.exists() else []:
+        if "solution" in cell.metadata.get("tags", []):
+            answers.setdefault(anchor, []).append(cell)
+        else:
+            anchor = cell.id
+    if lost := answers.keys() - {cell.id for cell in notebook.cells}:
+        raise ValueError(f"{solution} has answers behind the cell {lost.pop()}, which {path.name} no longer has")
+    cells = [part for cell in notebook.cells for part in (cell, *answers.get(cell.id, []))]
+    for cell in cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    notebook.cells = cells
+    nbformat.write(notebook, solution)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--profile", default="mini")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs", help="where executed copies go")
     parser.add_argument("--render", action="store_true", help="refresh the committed outputs")
+    parser.add_argument("--solutions", action="store_true", help="run nothing, only bring solutions/ up to date")
     parser.add_argument("notebooks", nargs="*", type=Path, help="notebooks to run (default: all, in order)")
     arguments = parser.parse_args()
     paths = arguments.notebooks or sorted(FOLDER.glob("[0-9][0-9]_*.ipynb"))
+    if arguments.solutions:
+        for path in paths:
+            rebuild_solution(path)
+        return 0
     folder = arguments.runs / arguments.profile
     folder.mkdir(parents=True, exist_ok=True)
     table, failed = [], None
@@ -142,6 +170,7 @@ def main() -> int:
         )
         if arguments.render and not failed:
             render(folder / path.name, path)
+            rebuild_solution(path)
     width = max(len(row[0]) for row in table)
     print(f"\n{'notebook':{width}}  {'time':>6}  headline result")
     for name, seconds, result in table:

@@ -17,6 +17,7 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from wrong_answers import WRONG
 
 import gpnns_utils as gu
 
@@ -90,6 +91,32 @@ def test_a_notebook_reads_well_on_its_measures(path):
     assert path.stat().st_size < 300 * 1024
 
 
+def shows_a_picture(cell):
+    """A code cell with a picture among its committed outputs, or one that draws outside of a function."""
+    drawing = {"gu.show_images", "gu.show_neighbors", "gu.as_jpeg", "plt.show"}
+    run = [node for node in ast.parse(cell.source).body if not isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    calls = [part for node in run for part in ast.walk(node) if isinstance(part, ast.Call)]
+    kinds = [kind for output in cell.outputs for kind in output.get("data", {})]
+    return any(kind.startswith("image/") for kind in kinds) or bool(
+        drawing & {ast.unparse(call.func) for call in calls}
+    )
+
+
+@pytest.mark.parametrize("path", PATHS, ids=ids)
+def test_every_figure_stands_between_what_to_look_for_and_what_was_seen(path):
+    """Before: a question, or a word that directs the eye. After: a sentence in italics, which is the figure's alt text."""
+    everything = cells(path)
+    figures = [i for i, cell in enumerate(everything) if cell.cell_type == "code" and shows_a_picture(cell)]
+    assert figures
+    for i in figures:
+        before, after = everything[i - 1], everything[i + 1]
+        to_look_for = re.search(r"\?|\b(look|compare|watch|read|check)\b", before.source, re.I)
+        assert before.cell_type == "markdown" and to_look_for, f"what to look for in {everything[i].source}"
+        assert after.cell_type == "markdown", f"a caption of {everything[i].source}"
+        caption = re.fullmatch(r"\*[^*](.+)[.?]\*", after.source, re.S)
+        assert caption and len(caption[1].split()) >= 8, f"a caption of {everything[i].source}"
+
+
 @pytest.mark.parametrize("path", PATHS, ids=ids)
 def test_a_committed_notebook_was_run_from_top_to_bottom_and_is_clean(path):
     notebook = nbformat.read(path, as_version=4)
@@ -154,13 +181,44 @@ def text_of(notebook):
     return json.dumps([data, [output.get("text", "") for output in outputs]])
 
 
+def with_wrong_answers(path, target):
+    """The notebook with more trials behind each check: a wrong answer, and the check again."""
+    notebook = nbformat.read(path, as_version=4)
+    for cell in [cell for cell in notebook.cells if cell.id.startswith("check-")]:
+        for trial, answer in enumerate(WRONG[path.stem][int(cell.id.removeprefix("check-"))]):
+            again = nbformat.v4.new_code_cell(f"{answer}\n\n{cell.source}", id=f"{cell.id}-{trial}")
+            notebook.cells.insert(notebook.cells.index(cell) + 1, again)
+    nbformat.write(notebook, target)
+    return target
+
+
+def said_by_checks(notebook):
+    """What each check of an executed notebook said, by the id of its cell; None for what is no text."""
+    said = {}
+    for cell in notebook.cells:
+        if cell.id.startswith("check-"):
+            values = [output.data["text/plain"] for output in cell.outputs if output.output_type == "execute_result"]
+            said[cell.id] = ast.literal_eval(values[0]) if values and values[0][0] in "'\"" else None
+    return said
+
+
 @pytest.mark.notebook
-@pytest.mark.parametrize("where", ["root", "notebooks"])
+@pytest.mark.parametrize("where", ["root", "solutions"])
 @pytest.mark.parametrize("path", PATHS, ids=ids)
 def test_a_notebook_runs_from_the_root_and_from_its_folder(path, where, tmp_path, results):
+    """From the root as the reader finds it: every check gives a hint, also to wrong answers. From its folder as solved."""
     profile, folder = results
     parameters = {"profile": profile} | QUICK.get(path.stem, {})
-    execute(path, tmp_path / "out.ipynb", parameters, gu.HERE if where == "root" else FOLDER)
+    solution = FOLDER / "solutions" / path.name
+    tried = solution if where == "solutions" else with_wrong_answers(path, tmp_path / path.name)
+    cwd = gu.HERE if where == "root" else solution.parent
+    said = said_by_checks(execute(tried, tmp_path / "out.ipynb", parameters, cwd))
+    checks = {f"check-{number}" for number in WRONG[path.stem]}
+    if where == "solutions":
+        assert said == dict.fromkeys(checks, "right")
+    else:
+        assert said.keys() > checks
+        assert {name: text for name, text in said.items() if not str(text).startswith("hint:")} == {}
     written = json.loads((folder / f"{path.stem}.json").read_text())
     assert written.keys() == {"notebook", "profile", "seconds", "headline", "environment", "rows"}
     assert written["notebook"] == path.stem and written["rows"] and written["headline"]

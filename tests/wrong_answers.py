@@ -1,0 +1,102 @@
+"""Answers that a reader may well try and that are wrong: {notebook: {exercise: [code]}}. Each must get a hint."""
+
+WRONG = {
+    "01_search_images": {
+        1: [
+            "def opposite(vectors):\n    return 1 - vectors",
+            "def opposite(vectors):\n    return vectors[::-1]",
+            "def opposite(vectors):\n    return -vectors[0]",
+        ],
+        2: ["pair = (0, 0)", "pair = (0, 1)", "pair = 0", "pair = [np.array([0]), np.array([1])]"],
+        3: [
+            "def eight_bits(vectors):\n    return vectors.astype(np.int8)",
+            "def eight_bits(vectors):\n    return np.sign(vectors).astype(np.int8)",
+            "def eight_bits(vectors):\n    return np.round(vectors * 127)",
+            "def eight_bits(vectors):\n    return (vectors * 1000).astype(np.int8)",
+        ],
+        4: ["hardest = 'a typo'", "hardest = max(domains, key=lambda g: first_right.where(domain == g).mean)"],
+    },
+    "02_benchmark_encoders": {
+        1: [
+            "def r_precision(ranks):\n    return (ranks <= ranks.shape[1]).mean(axis=1)",
+            "def r_precision(ranks):\n    return 0.5",
+        ],
+        2: ["floor = 0", "floor = 0.1", "floor = 100 / 9"],
+        3: [
+            "def label_of_nearest(queries, gallery, labels):\n    return gu.search(queries, gallery, 1)[1][:, 0]",
+            "def label_of_nearest(queries, gallery, labels):\n    return labels[gu.search(queries, gallery, 1)[1]]",
+        ],
+        4: ["widths = 0.05", "widths = average_precision[best].interval()", "widths = [5.5, 2.5]"],
+    },
+    "03_finetune_arcmargin": {
+        1: ["degrees = 45", "degrees = 45 - np.rad2deg(margin)", "degrees = 0.6353"],
+        2: [
+            "def gap(embeddings, labels):\n    same = labels[:, None] == labels\n"
+            "    return (embeddings @ embeddings.T)[same].mean() - (embeddings @ embeddings.T)[~same].mean()",
+            "def gap(embeddings, labels):\n    return 1",
+        ],
+        3: [
+            "def batch_softmax(embeddings, labels, scale=20.0):\n"
+            "    shares = F.log_softmax(scale * embeddings @ embeddings.T, dim=1)\n"
+            "    return -shares[labels[:, None] == labels].mean()",
+            "def batch_softmax(embeddings, labels, scale=20.0):\n    return (embeddings @ embeddings.T).mean(dim=1)",
+        ],
+        4: ["most_recovered = min(domains, key=lambda g: gain[g][0])", "most_recovered = 'a typo'"],
+    },
+    "04_realign_text_mcip": {
+        1: ["five_percent = threshold", "five_percent = 0.05", "five_percent = np.quantile(found['scores'], 0.05)"],
+        2: ["def loss_of_ignorance(n):\n    return 1 / n", "def loss_of_ignorance(n):\n    return torch.tensor(n)"],
+        3: [
+            "def own_cosine(texts, images, relevant):\n    return (texts @ images.T).mean()",
+            "def own_cosine(texts, images, relevant):\n"
+            "    return np.concatenate([images[r] @ t for t, r in zip(texts, relevant)]).mean()",
+        ],
+        4: ["worth_keeping = ['base']", "worth_keeping = list(steps)", "worth_keeping = 'mcip'"],
+    },
+    "05_average_soups": {
+        1: [
+            "def kept(moves):\n    return moves.mean(dim=0).norm() / moves.norm(dim=1).mean()",
+            "def kept(moves):\n    return 0.5",
+        ],
+        2: [
+            "def rotated(vectors):\n    return -vectors",
+            "def rotated(vectors):\n    return vectors * np.random.default_rng(0).normal(size=vectors.shape[1])",
+            "def rotated(vectors):\n    return vectors[:, :2]",
+        ],
+        3: [
+            "def take_out(soup, state, count):\n    return {key: soup[key] - state[key] / count for key in soup}",
+            "def take_out(soup, state, count):\n    return soup",
+        ],
+        4: ["needed = 64", "needed = 0.9 * vectors.shape[1]"],
+    },
+    "06_normalize_neighbors_nnn": {
+        1: [
+            "def taken_by(counts, share):\n    return counts[: round(share * len(counts))].sum() / counts.sum()",
+            "def taken_by(counts, share):\n    return share",
+        ],
+        2: ["least_skewed = 0", "least_skewed = 0.6", "least_skewed = 'plain'"],
+        3: [
+            "def level(vectors):\n    return np.hstack([vectors, np.zeros((len(vectors), 1))])",
+            "def level(vectors):\n    return vectors",
+            "def level(vectors):\n    return np.hstack([vectors, np.full((len(vectors), 1), np.nan)])",
+        ],
+        4: [
+            "def link(k):\n    return 0.5",
+            "def link(k):\n    return gu.reference_means(text_of[shown, 'test'], references, [k])[0].mean()",
+        ],
+    },
+    "07_reproduce_papers": {
+        1: ["mean_of_cells = 68.4", "mean_of_cells = 0.65"],
+        2: ["by_group = gu.load_published('gpnns_table4')[2]['avg'] - gu.load_published('gpnns_table4')[0]['avg']"],
+        3: [
+            "column_of_mine = mini_columns()[1]",
+            "column_of_mine = ('name', 'mini:test', '', 'image_to_image', 'R@1')",
+            "column_of_mine = ('mini:shifted', '', 'image_to_image', 'R@1')",
+        ],
+        4: [
+            "def mean_place(values):\n    return {name: average(list(own.values())) for name, own in values.items()}",
+            "def mean_place(values):\n    return {name: 1 for name in values}",
+            "def mean_place(values):\n    return {}",
+        ],
+    },
+}
