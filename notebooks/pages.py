@@ -69,9 +69,9 @@ def notebooks() -> list[Path]:
 class PageExporter(HTMLExporter):
     @pass_context
     def markdown2html(self, context, source: str) -> str:
-        return MarkdownWithMath(PageRenderer(escape=False, path=context["resources"]["metadata"]["path"])).render(
-            source
-        )
+        return MarkdownWithMath(
+            PageRenderer(escape=False, embed_images=True, path=context["resources"]["metadata"]["path"])
+        ).render(source)
 
 
 def page(notebook: nbformat.NotebookNode, folder: Path) -> str:
