@@ -458,10 +458,9 @@ def build_mini(spec: str, name: str, state: dict | None, device: torch.device) -
     folder = DATA / "mini_clip"
     with torch.random.fork_rng(), quiet_open_clip():
         torch.manual_seed(0)  # "random" is the same model everywhere
-        model, _, preprocess = open_clip.create_model_and_transforms(
-            f"local-dir:{folder}", load_weights=name == "mini" and state is None
-        )
-        tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}", bpe_path=str(folder / "vocabulary.txt.gz"))
+        place, trained = f"local-dir:{folder}", name == "mini" and state is None
+        model, _, preprocess = open_clip.create_model_and_transforms(place, load_weights=trained)
+        tokenizer = open_clip.get_tokenizer(place, bpe_path=str(folder / "vocabulary.txt.gz"))
     return clip_encoder(spec, model, preprocess, tokenizer, state, device)
 
 
@@ -479,7 +478,7 @@ def build_open_clip(spec: str, name: str, state: dict | None, device: torch.devi
                 f"open_clip has no weights {tag!r} for {architecture}; it has {', '.join(tags)}. A file of your own goes behind an @"
             )
     known = open_clip.get_pretrained_cfg(architecture, tag) if tag else {}
-    # Where a file brings the weights, the tag only says how they want their images prepared.
+    # Where a file brings the weights, the tag only says how they want their images prepared, and their activation.
     keys = () if state is None else ("mean", "std", "interpolation", "resize_mode")
     settings = {f"image_{key}": known.get(key) for key in keys}
     try:
@@ -523,14 +522,15 @@ def build_timm(spec: str, name: str, state: dict | None, device: torch.device) -
         raise ValueError(f"timm has no model {name!r}{suggest(name, [*known[0], *known[1]])}")
     overlay = {key: settings.pop(key) for key in ("mean", "std", "crop_pct", "interpolation") if key in settings}
     overlay.update({key: (overlay[key],) * 3 for key in ("mean", "std") if key in overlay})
+    settings |= {"pretrained": state is None, "num_classes": 0, "pretrained_cfg_overlay": overlay}
     try:
-        model = timm.create_model(
-            name, pretrained=state is None, num_classes=0, pretrained_cfg_overlay=overlay, **settings
-        )
+        model = timm.create_model(name, **settings)
     except (OSError, RuntimeError) as error:
         raise OSError(offline_message(spec, error)) from error
     if state is not None:
-        fill(model, {key: value for key, value in state.items() if not key.startswith(classifier_of(model))}, spec)
+        names = model.pretrained_cfg.get("classifier") or ()  # of the layers that an encoder does without
+        classifier = tuple(f"{name}." for name in ((names,) if isinstance(names, str) else names))
+        fill(model, {key: value for key, value in state.items() if not key.startswith(classifier)}, spec)
     model = model.to(device).eval()
     preprocess = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
     return Encoder(spec, preprocess, model, device=device, model=model)
@@ -556,15 +556,12 @@ def build_gpnns(spec: str, name: str, state: dict | None, device: torch.device) 
         )
     size = patch * round((len(state["positional_embedding"]) - 1) ** 0.5)
     layers = len({key.split(".")[2] for key in state if key.startswith("transformer.resblocks.")})
-    # CLIP's heads are 64 wide.
-    tower = open_clip.transformer.VisionTransformer(
-        size, patch, width, layers, max(1, width // 64), 4.0, act_layer=open_clip.transformer.QuickGELU
-    )
+    heads, activation = max(1, width // 64), open_clip.transformer.QuickGELU  # CLIP's heads are 64 wide
+    tower = open_clip.transformer.VisionTransformer(size, patch, width, layers, heads, 4.0, act_layer=activation)
     tower.proj = None
     fill(tower, state, spec)
-    square = int(1.125 * size)
     preprocess = transforms.Compose([
-        transforms.Resize((square, square), transforms.InterpolationMode.BILINEAR),
+        transforms.Resize((int(1.125 * size),) * 2, transforms.InterpolationMode.BILINEAR),
         transforms.CenterCrop(size),
         transforms.ToTensor(),
         transforms.Normalize(timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD),
@@ -583,11 +580,10 @@ def load_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path.absolute()}")
     try:
-        state = (
-            load_file(path)
-            if path.suffix == ".safetensors"
-            else torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        )
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:
         raise ValueError(
             f"{path} is not a readable checkpoint of plain tensors ({str(error).splitlines()[0]}). If you trust it, convert it to safetensors first"
@@ -617,8 +613,7 @@ def save_checkpoint(encoder: Encoder, path: str | Path, /, **about) -> Path:
     path = Path(path).expanduser()
     path = path if path.suffix == ".safetensors" else path.with_name(path.name + ".safetensors")
     about = about | {**encoder.origin, "dim": encoder.dim, "image_size": encoder.image_size}
-    metadata = {"gpnns": json.dumps(about)}
-    save_weights(encoder.model, path, metadata)
+    save_weights(encoder.model, path, {"gpnns": json.dumps(about)})
     about["load"] = f"load_encoder('{encoder.origin.get('encoder', encoder.name)}@{path.name}')"
     write_atomically(path.with_suffix(".json"), lambda file: file.write((json.dumps(about, indent=1) + "\n").encode()))
     return path
@@ -693,23 +688,12 @@ def fill(model: torch.nn.Module, state: dict[str, torch.Tensor], spec: str) -> N
     own = model.state_dict()
     problems = [f"{key} is missing" for key in own if key not in state]
     problems += [f"{key} is not part of the model" for key in state if key not in own]
-    problems += [
-        f"{key} has shape {tuple(state[key].shape)}, not {tuple(own[key].shape)}"
-        for key in own
-        if key in state and state[key].shape != own[key].shape
-    ]
+    shapes = {key: (tuple(state[key].shape), tuple(own[key].shape)) for key in own if key in state}
+    problems += [f"{key} has shape {given}, not {wanted}" for key, (given, wanted) in shapes.items() if given != wanted]
     if problems:
-        raise ValueError(
-            f"the weights of {spec} do not fit its architecture: {'; '.join(problems[:3])}"
-            + (f" and {len(problems) - 3} more" if len(problems) > 3 else "")
-        )
+        shown = "; ".join(problems[:3]) + (f" and {len(problems) - 3} more" if len(problems) > 3 else "")
+        raise ValueError(f"the weights of {spec} do not fit its architecture: {shown}")
     model.load_state_dict(state)
-
-
-def classifier_of(model: torch.nn.Module) -> tuple[str, ...]:
-    """Prefixes of the classifier's weights, which an encoder does without."""
-    names = model.pretrained_cfg.get("classifier") or ()
-    return tuple(f"{name}." for name in ((names,) if isinstance(names, str) else names))
 
 
 @contextlib.contextmanager
@@ -768,16 +752,13 @@ def embed_images(
     workers = decoders(images) if workers is None else workers
 
     def compute(rows: list[list[int]]):
-        loader = DataLoader(
-            Decoded(images, encoder.preprocess), batch_sampler=rows, num_workers=workers, collate_fn=list
-        )
-        for batch in loader:
+        decoded = Decoded(images, encoder.preprocess)
+        for batch in DataLoader(decoded, batch_sampler=rows, num_workers=workers, collate_fn=list):
             features = np.full((len(batch), encoder.dim), np.nan, dtype=np.float32)  # NaN marks an unreadable image
             readable = [i for i, image in enumerate(batch) if image is not None]
             if readable:
-                features[readable] = run_tower(
-                    encoder, encoder.image_tower, torch.stack([batch[i] for i in readable]).to(encoder.device)
-                )
+                pixels = torch.stack([batch[i] for i in readable]).to(encoder.device)
+                features[readable] = run_tower(encoder, encoder.image_tower, pixels)
             yield features
 
     if cache:
@@ -891,11 +872,11 @@ def content_digest(images: ImageSet, row: int) -> bytes:
     """A hash of an image's content (file bytes or pixels); of its path when the file cannot be opened."""
     try:
         image = images.images[row]
-        content = (
-            image.tobytes() + str(image.shape).encode()
-            if isinstance(images.images, np.ndarray)
-            else Path(image).read_bytes() + (b"" if images.crops is None else repr(images.crops[row].tolist()).encode())
-        )
+        if isinstance(images.images, np.ndarray):
+            content = image.tobytes() + str(image.shape).encode()
+        else:
+            crop = "" if images.crops is None else repr(images.crops[row].tolist())
+            content = Path(image).read_bytes() + crop.encode()
     except OSError:
         content = f"unreadable {images.images[row]}".encode()
     return hashlib.blake2b(content, digest_size=16).digest()
@@ -918,9 +899,8 @@ def drop_unreadable(images: ImageSet, rows: np.ndarray) -> None:
         setattr(images, part, getattr(kept, part))
     images.left_out += reasons
     shown = ", ".join(reasons[:5]) + (f" and {len(reasons) - 5} more" if len(reasons) > 5 else "")
-    warnings.warn(
-        f"{images.name}: {len(rows)} of {total} images cannot be read and are left out: {shown}", stacklevel=3
-    )
+    message = f"{images.name}: {len(rows)} of {total} images cannot be read and are left out: {shown}"
+    warnings.warn(message, stacklevel=3)
 
 
 # --- neighbours ------------------------------------------------------------------------------------------------------
@@ -1140,7 +1120,7 @@ def hub_bias(
 
     references: queries that stand for those to come, such as training captions; never the queries one measures on. own:
     (n,) the reference that is the gallery row itself, left out; -1 for none. index: an approximate index of the
-    references; blocks of rows in which it finds fewer than k for any are searched exactly. Raises ValueError for what cannot be used.
+    references; blocks in which it finds fewer than k are searched exactly. Raises ValueError for what cannot be used.
     """
     if not np.isfinite(alpha) or alpha < 0:
         raise ValueError(
@@ -1227,12 +1207,9 @@ def checked_bias(bias: np.ndarray, size: int) -> np.ndarray:
     return bias
 
 
-def score_matrix(
-    queries: np.ndarray, gallery: np.ndarray, bias: np.ndarray | None = None, metric: str = "cosine"
-) -> np.ndarray:
-    """All scores, float32 (queries, gallery), less the bias: for those who add up the scores of several models."""
-    take = unit_rows if metric == "cosine" else checked
-    queries, gallery = take(queries, "queries"), take(gallery, "the gallery")
+def score_matrix(queries: np.ndarray, gallery: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:
+    """All cosines, float32 (queries, gallery), less the bias: for those who add up the scores of several models."""
+    queries, gallery = unit_rows(queries, "queries"), unit_rows(gallery, "the gallery")
     same_dimension(queries, gallery)
     scores = queries @ gallery.T
     return scores if bias is None else np.subtract(scores, checked_bias(bias, len(gallery)), out=scores)
@@ -1517,6 +1494,8 @@ def hubness(
 
 # --- fine-tuning -----------------------------------------------------------------------------------------------------
 
+NO_LABELS = "has no labels: put each class into a folder of its own, or add a column 'label'"
+
 
 def arc_margin(cosines: torch.Tensor, margin: torch.Tensor) -> torch.Tensor:
     """cos(angle + margin): what remains of a cosine when `margin` (radians) is added to its angle.
@@ -1612,9 +1591,7 @@ def split_classes(images: ImageSet, share: float, seed: int = 0) -> tuple[ImageS
     without labels, or when there are too few classes for both sides.
     """
     if images.labels is None:
-        raise ValueError(
-            f"{images.name} has no labels: put each class into a folder of its own, or add a column 'label'"
-        )
+        raise ValueError(f"{images.name} {NO_LABELS}")
     classes, counts = np.unique(images.labels, return_counts=True)
     measurable = classes[counts > 1]
     number = max(2, min(round(share * len(classes)), len(measurable)))
@@ -1639,9 +1616,7 @@ def load_splits(train_images: str | Path, test_images: str | Path = "", seed: in
             raise ValueError("test_images belong to train_images of your own; the drawn world brings its test")
         return train, load_images("mini", "validation"), load_images("mini", "test")
     if train.labels is None:
-        raise ValueError(
-            f"{train_images} has no labels: put each class into a folder of its own, or add a column 'label'"
-        )
+        raise ValueError(f"{train_images} {NO_LABELS}")
     if test_images:
         test = load_images(test_images, "test")
         if test.labels is None or (np.unique(test.labels, return_counts=True)[1] > 1).sum() < 2:
@@ -1688,7 +1663,7 @@ class TrainingImages(Dataset):
 
     def __init__(self, images: ImageSet, transform: Callable[[Image.Image], torch.Tensor]):
         if images.labels is None:
-            raise ValueError(f"{images.name} has no labels to learn from: put each class into a folder of its own")
+            raise ValueError(f"{images.name} {NO_LABELS}")
         self.images, self.transform = images, transform
         self.names, self.labels = np.unique(images.labels, return_inverse=True)
         if len(self.names) < 2:
@@ -2041,9 +2016,8 @@ def clip_gradients(accelerator, objective: torch.nn.Module, clip: float) -> torc
         if value.grad is not None and value.grad.is_sparse:
             gradient = value.grad.coalesce()  # every process drew the same rows
             mean = accelerator.reduce(gradient.values(), "mean")
-            value.grad = torch.sparse_coo_tensor(
-                gradient.indices(), mean, gradient.shape, is_coalesced=True, check_invariants=False
-            )
+            known = {"is_coalesced": True, "check_invariants": False}
+            value.grad = torch.sparse_coo_tensor(gradient.indices(), mean, gradient.shape, **known)
     accelerator.unscale_gradients()
     norms = []
     for part in [child.parameters() for child in objective.children()] + [objective.parameters(recurse=False)]:
@@ -2068,9 +2042,7 @@ def take_step(accelerator, optimizers: list[torch.optim.Optimizer]) -> None:
         accelerator.scaler.update()
 
 
-def validated(
-    accelerator, objective: torch.nn.Module, average: ModelEmaV3 | None, validate: Callable[[], float]
-) -> float:
+def validated(accelerator, objective, average: ModelEmaV3 | None, validate: Callable[[], float]) -> float:
     """validate() of the averaged weights if there are any; computed by the first process, known to all."""
     objective.eval()
     if average:
