@@ -29,7 +29,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -103,11 +103,9 @@ def setup(profile: str = "mini", seed: int = 0) -> Run:
     print(
         f"python {platform.python_version()} | torch {torch.__version__} | {run.device}, {precision} | {os.cpu_count()} cores"
     )
-    if where != "local" and not torch.cuda.is_available():
-        place = {"Kaggle": "Settings > Accelerator > GPU T4 x2", "Colab": "Runtime > Change runtime type > T4 GPU"}[
-            where
-        ]
-        print(f"no GPU is switched on; for real encoders it saves hours: {place}")
+    switch = {"Kaggle": "Settings > Accelerator > GPU T4 x2", "Colab": "Runtime > Change runtime type > T4 GPU"}
+    if where in switch and not torch.cuda.is_available():
+        print(f"no GPU is switched on; for real encoders it saves hours: {switch[where]}")
     return run
 
 
@@ -182,20 +180,16 @@ class Progress:
         self.done = self.first = done
         self.start, self.shown, self.handle = time.time(), 0.0, None
 
-    def update(self, done: int) -> None:
-        self.done = done
-        now = time.time()
-        notebook = getattr(get_ipython(), "kernel", None) is not None
-        pause = 1 if notebook else 10
+    def update(self, done: int, total: int | None = None) -> None:
+        self.done, self.total = done, total or self.total
+        now, pause = time.time(), 1 if in_notebook() else 10
         if now - max(self.shown, self.start) < pause and not (done >= self.total and self.shown):
             return
         self.shown = now
-        if not notebook:
-            print(self, file=sys.stderr, flush=True)
-        elif self.handle is None:
-            self.handle = display(self, display_id=True)
+        if in_notebook():
+            self.handle = display_over(self.handle, self)
         else:
-            self.handle.update(self)
+            print(self, file=sys.stderr, flush=True)
 
     def __repr__(self) -> str:
         spent, here = time.time() - self.start, self.done - self.first
@@ -205,6 +199,18 @@ class Progress:
 
     def _repr_html_(self) -> str:
         return f"<progress value='{self.done}' max='{self.total}'></progress> {html.escape(repr(self))}"
+
+
+def in_notebook() -> bool:
+    return getattr(get_ipython(), "kernel", None) is not None
+
+
+def display_over(handle, thing):
+    """Show `thing` in place of what `handle` shows, or anew for None; returns the handle."""
+    if handle is None:
+        return display(thing, display_id=True)
+    handle.update(thing)
+    return handle
 
 
 def write_atomically(path: Path, write: Callable) -> None:
@@ -235,6 +241,7 @@ def disk_error(path: Path, error: Exception, kept: str) -> OSError:
 # --- images ----------------------------------------------------------------------------------------------------------
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+PER_IMAGE = ("images", "labels", "groups", "captions", "crops")  # the fields of an ImageSet with one entry per image
 
 
 @dataclass
@@ -272,11 +279,9 @@ class ImageSet:
     def subset(self, rows: Sequence[int] | np.ndarray) -> "ImageSet":
         """The images of `rows` (numbers, or a boolean mask) as a new set."""
         rows = np.arange(len(self))[np.asarray(rows)]
-        images = self.images[rows] if isinstance(self.images, np.ndarray) else [self.images[i] for i in rows]
-        known = (self.labels, self.groups, self.crops)
-        labels, groups, crops = (None if values is None else values[rows] for values in known)
-        captions = None if self.captions is None else [self.captions[i] for i in rows]
-        return ImageSet(self.name, images, labels, groups, captions, self.names, list(self.left_out), crops)
+        parts = {part: values for part in PER_IMAGE if (values := getattr(self, part)) is not None}
+        parts = {k: v[rows] if isinstance(v, np.ndarray) else [v[i] for i in rows] for k, v in parts.items()}
+        return replace(self, **parts, left_out=list(self.left_out))
 
 
 def open_image(path: Path, crop: Sequence[int] | None = None) -> Image.Image:
@@ -310,13 +315,7 @@ def load_images(source: str | Path, split: str = "test") -> ImageSet:
     sorted by path, those of data sets as their lists are, so that rows do not depend on the file system.
     """
     if str(source) == "mini":
-        world = load_module(DATA / "mini_world.py")
-        progress = Progress(0, f"drawing mini world, {split}")
-
-        def report(done: int, total: int) -> None:
-            progress.total = total
-            progress.update(done)
-
+        world, report = load_module(DATA / "mini_world.py"), Progress(0, f"drawing mini world, {split}").update
         return ImageSet(name=f"mini {split}", **world.load_split(split, cache_folder(), report=report))
     parts = [part.strip().partition(":") for part in str(source).split(" + ")]
     if all(name in dataset_module().TABLE for name, _, _ in parts):
@@ -327,79 +326,12 @@ def load_images(source: str | Path, split: str = "test") -> ImageSet:
             f"no folder or table of images at {source.absolute()}; give a path, 'mini' for the drawn world, or the name of a "
             f"data set{suggest(name, list(dataset_module().TABLE))}"
         )
-    if source.is_dir():
-        rows = read_folder(source, split)
-    elif source.suffix.lower() in (".csv", ".tsv", ".parquet"):
-        rows = read_table(source, split)
-    elif source.suffix.lower() == ".tar":
-        rows = dataset_module().read_shards([source])
-    else:
-        raise ValueError(f"{source} is neither a folder, a .csv, .tsv or .parquet table, nor a .tar")
-    rows.sort(key=lambda row: str(row["path"]))
-    labels = [row.get("label") or "" for row in rows]
-    names, numbers = np.unique(labels, return_inverse=True)
-    names = names[names != ""].tolist()
-    if names and "" in labels:
-        raise ValueError(
-            f"{source}: {labels.count('')} of {len(rows)} images have no label, for example {rows[labels.index('')]['path']}; give every image one, or none"
-        )
-    groups, captions = [row.get("group") or "" for row in rows], [row.get("captions") or [] for row in rows]
-    return ImageSet(
-        name=source.stem,
-        images=[row["path"] for row in rows],
-        labels=numbers if names else None,
-        groups=np.array(groups) if any(groups) else None,
-        captions=captions if any(captions) else None,
-        names=names,
-    )
-
-
-def read_folder(folder: Path, split: str) -> list[dict]:
-    """One dict per image file below `folder`, with label and group from the names of its folders."""
-    top = folder / split if (folder / split).is_dir() else folder
-    paths = [p for p in top.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")]
-    if not paths and (shards := list(top.glob("*.tar"))):
-        return dataset_module().read_shards(shards)
-    if not paths:
-        raise ValueError(f"no images below {top.absolute()} (looked for {', '.join(sorted(SUFFIXES))})")
-    rows = []
-    for path in paths:
-        *above, label = path.relative_to(top).parts[:-1] or ("",)
-        rows.append({"path": path, "label": label, "group": "/".join(above)})
-    if (folder / "captions.json").exists():
-        captions = json.loads((folder / "captions.json").read_text(encoding="utf-8"))
-        for row in rows:
-            row["captions"] = captions.get(row["label"], [])
-    return rows
-
-
-def read_table(table: Path, split: str) -> list[dict]:
-    """One dict per line of a table: .csv or .tsv, whose first line names its columns, or .parquet."""
-    if table.suffix.lower() == ".parquet":
-        try:
-            from pyarrow.parquet import read_table as read_parquet
-        except ImportError as error:
-            raise ImportError(f"{table} needs pyarrow (pip install pyarrow); or save the table as .csv") from error
-        lines = read_parquet(table).to_pylist()
-        rows = [{key: "" if value is None else str(value) for key, value in line.items()} for line in lines]
-    else:
-        with open(table, encoding="utf-8-sig", newline="") as file:  # -sig: spreadsheets write a mark first
-            rows = list(csv.DictReader(file, delimiter="\t" if table.suffix.lower() == ".tsv" else ","))
-    if not rows or "path" not in rows[0]:
-        raise ValueError(f"{table} needs a first line with a column named 'path' and at least one image below it")
-    if "split" in rows[0]:
-        rows = [row for row in rows if row["split"] == split]
-        if not rows:
-            raise ValueError(f"{table} has a column 'split' but no image in split {split!r}")
-    for row in rows:
-        row["path"] = table.parent / row["path"]
-        row["captions"] = [c.strip() for c in (row.get("caption") or "").split("|") if c.strip()]
-    return rows
+    return ImageSet(**dataset_module().load_own(source, split))
 
 
 @functools.cache
 def dataset_module():
-    """data/datasets.py, which knows the data sets of data/datasets.toml."""
+    """data/datasets.py, which knows the data sets of data/datasets.toml and reads folders, tables and tars of one's own."""
     return load_module(DATA / "datasets.py")
 
 
@@ -496,21 +428,15 @@ def load_encoder(spec: str, device: torch.device | str | None = None) -> Encoder
     device = torch.device(device) if device else best_device()
     name, _, checkpoint = spec.partition("@")
     kind, _, rest = name.partition(":")
-    builders = {
-        "mini": build_mini,
-        "random": build_mini,
-        "pixels": build_pixels,
-        "open_clip": build_open_clip,
-        "timm": build_timm,
-        "gpnns": build_gpnns,
-    }
-    if kind not in builders or (kind in ("open_clip", "timm", "gpnns")) != bool(rest):
+    ours = {"mini": build_mini, "random": build_mini, "pixels": build_pixels}
+    named = {"open_clip": build_open_clip, "timm": build_timm, "gpnns": build_gpnns}
+    if kind not in (named if rest else ours):
         raise ValueError(
             f"unknown encoder {spec!r}; use mini, random, pixels, open_clip:ARCHITECTURE/TAG, timm:NAME or gpnns:ViT-B@FILE"
         )
     state = load_checkpoint(checkpoint) if checkpoint else None
     head = state.pop("embedding_head.linear.weight", None) if state else None
-    encoder = builders[kind](spec, rest or kind, state, device)
+    encoder = (ours | named)[kind](spec, rest or kind, state, device)
     encoder.origin["encoder"] = name
     before = checkpoint_settings(checkpoint).get("before_projection", False)
     if head is not None or before:
@@ -532,17 +458,15 @@ def build_mini(spec: str, name: str, state: dict | None, device: torch.device) -
     folder = DATA / "mini_clip"
     with torch.random.fork_rng(), quiet_open_clip():
         torch.manual_seed(0)  # "random" is the same model everywhere
-        model, _, preprocess = open_clip.create_model_and_transforms(
-            f"local-dir:{folder}", load_weights=name == "mini" and state is None
-        )
-        tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}", bpe_path=str(folder / "vocabulary.txt.gz"))
+        place, trained = f"local-dir:{folder}", name == "mini" and state is None
+        model, _, preprocess = open_clip.create_model_and_transforms(place, load_weights=trained)
+        tokenizer = open_clip.get_tokenizer(place, bpe_path=str(folder / "vocabulary.txt.gz"))
     return clip_encoder(spec, model, preprocess, tokenizer, state, device)
 
 
 def build_open_clip(spec: str, name: str, state: dict | None, device: torch.device) -> Encoder:
     """Any open_clip architecture, with a pretrained tag, a local file, or (neither) random weights."""
     architecture, _, tag = (name, "", "") if name.startswith(("hf-hub:", "local-dir:")) else name.partition("/")
-    quick_gelu = False
     if ":" not in architecture:
         if architecture not in open_clip.list_models():
             raise ValueError(
@@ -553,12 +477,10 @@ def build_open_clip(spec: str, name: str, state: dict | None, device: torch.devi
             raise ValueError(
                 f"open_clip has no weights {tag!r} for {architecture}; it has {', '.join(tags)}. A file of your own goes behind an @"
             )
-        # OpenAI's weights (and some others) were trained with QuickGELU; without it they score far lower, silently.
-        quick_gelu = bool(tag) and open_clip.get_pretrained_cfg(architecture, tag).get("quick_gelu", False)
-    settings = {}
-    if tag and state is not None:  # the file brings the weights, the tag only their preprocessing
-        known = open_clip.get_pretrained_cfg(architecture, tag)
-        settings = {f"image_{key}": known.get(key) for key in ("mean", "std", "interpolation", "resize_mode")}
+    known = open_clip.get_pretrained_cfg(architecture, tag) if tag else {}
+    # Where a file brings the weights, the tag only says how they want their images prepared, and their activation.
+    keys = () if state is None else ("mean", "std", "interpolation", "resize_mode")
+    settings = {f"image_{key}": known.get(key) for key in keys}
     try:
         with quiet_open_clip():
             tokenizer = open_clip.get_tokenizer(architecture)
@@ -566,7 +488,8 @@ def build_open_clip(spec: str, name: str, state: dict | None, device: torch.devi
                 architecture,
                 pretrained=tag if tag and state is None else None,
                 load_weights=state is None,
-                force_quick_gelu=quick_gelu,
+                # OpenAI's weights (and some others) were trained with it; without it they score far lower, silently.
+                force_quick_gelu=known.get("quick_gelu", False),
                 **settings,
             )
     except ImportError as error:  # tokenizers of SigLIP and others come from there
@@ -599,14 +522,15 @@ def build_timm(spec: str, name: str, state: dict | None, device: torch.device) -
         raise ValueError(f"timm has no model {name!r}{suggest(name, [*known[0], *known[1]])}")
     overlay = {key: settings.pop(key) for key in ("mean", "std", "crop_pct", "interpolation") if key in settings}
     overlay.update({key: (overlay[key],) * 3 for key in ("mean", "std") if key in overlay})
+    settings |= {"pretrained": state is None, "num_classes": 0, "pretrained_cfg_overlay": overlay}
     try:
-        model = timm.create_model(
-            name, pretrained=state is None, num_classes=0, pretrained_cfg_overlay=overlay, **settings
-        )
+        model = timm.create_model(name, **settings)
     except (OSError, RuntimeError) as error:
         raise OSError(offline_message(spec, error)) from error
     if state is not None:
-        fill(model, {key: value for key, value in state.items() if not key.startswith(classifier_of(model))}, spec)
+        names = model.pretrained_cfg.get("classifier") or ()  # of the layers that an encoder does without
+        classifier = tuple(f"{name}." for name in ((names,) if isinstance(names, str) else names))
+        fill(model, {key: value for key, value in state.items() if not key.startswith(classifier)}, spec)
     model = model.to(device).eval()
     preprocess = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
     return Encoder(spec, preprocess, model, device=device, model=model)
@@ -632,15 +556,12 @@ def build_gpnns(spec: str, name: str, state: dict | None, device: torch.device) 
         )
     size = patch * round((len(state["positional_embedding"]) - 1) ** 0.5)
     layers = len({key.split(".")[2] for key in state if key.startswith("transformer.resblocks.")})
-    # CLIP's heads are 64 wide.
-    tower = open_clip.transformer.VisionTransformer(
-        size, patch, width, layers, max(1, width // 64), 4.0, act_layer=open_clip.transformer.QuickGELU
-    )
+    heads, activation = max(1, width // 64), open_clip.transformer.QuickGELU  # CLIP's heads are 64 wide
+    tower = open_clip.transformer.VisionTransformer(size, patch, width, layers, heads, 4.0, act_layer=activation)
     tower.proj = None
     fill(tower, state, spec)
-    square = int(1.125 * size)
     preprocess = transforms.Compose([
-        transforms.Resize((square, square), transforms.InterpolationMode.BILINEAR),
+        transforms.Resize((int(1.125 * size),) * 2, transforms.InterpolationMode.BILINEAR),
         transforms.CenterCrop(size),
         transforms.ToTensor(),
         transforms.Normalize(timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD),
@@ -659,11 +580,10 @@ def load_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path.absolute()}")
     try:
-        state = (
-            load_file(path)
-            if path.suffix == ".safetensors"
-            else torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        )
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:
         raise ValueError(
             f"{path} is not a readable checkpoint of plain tensors ({str(error).splitlines()[0]}). If you trust it, convert it to safetensors first"
@@ -693,8 +613,7 @@ def save_checkpoint(encoder: Encoder, path: str | Path, /, **about) -> Path:
     path = Path(path).expanduser()
     path = path if path.suffix == ".safetensors" else path.with_name(path.name + ".safetensors")
     about = about | {**encoder.origin, "dim": encoder.dim, "image_size": encoder.image_size}
-    metadata = {"gpnns": json.dumps(about)}
-    save_weights(encoder.model, path, metadata)
+    save_weights(encoder.model, path, {"gpnns": json.dumps(about)})
     about["load"] = f"load_encoder('{encoder.origin.get('encoder', encoder.name)}@{path.name}')"
     write_atomically(path.with_suffix(".json"), lambda file: file.write((json.dumps(about, indent=1) + "\n").encode()))
     return path
@@ -769,23 +688,12 @@ def fill(model: torch.nn.Module, state: dict[str, torch.Tensor], spec: str) -> N
     own = model.state_dict()
     problems = [f"{key} is missing" for key in own if key not in state]
     problems += [f"{key} is not part of the model" for key in state if key not in own]
-    problems += [
-        f"{key} has shape {tuple(state[key].shape)}, not {tuple(own[key].shape)}"
-        for key in own
-        if key in state and state[key].shape != own[key].shape
-    ]
+    shapes = {key: (tuple(state[key].shape), tuple(own[key].shape)) for key in own if key in state}
+    problems += [f"{key} has shape {given}, not {wanted}" for key, (given, wanted) in shapes.items() if given != wanted]
     if problems:
-        raise ValueError(
-            f"the weights of {spec} do not fit its architecture: {'; '.join(problems[:3])}"
-            + (f" and {len(problems) - 3} more" if len(problems) > 3 else "")
-        )
+        shown = "; ".join(problems[:3]) + (f" and {len(problems) - 3} more" if len(problems) > 3 else "")
+        raise ValueError(f"the weights of {spec} do not fit its architecture: {shown}")
     model.load_state_dict(state)
-
-
-def classifier_of(model: torch.nn.Module) -> tuple[str, ...]:
-    """Prefixes of the classifier's weights, which an encoder does without."""
-    names = model.pretrained_cfg.get("classifier") or ()
-    return tuple(f"{name}." for name in ((names,) if isinstance(names, str) else names))
 
 
 @contextlib.contextmanager
@@ -823,6 +731,7 @@ def offline_message(spec: str, error: Exception) -> str:
 # --- embeddings ------------------------------------------------------------------------------------------------------
 
 SHARD = 1024  # images per cache file: what a killed run can lose
+EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # errors of a machine short of file handles or memory
 
 
 def embed_images(
@@ -832,11 +741,8 @@ def embed_images(
 
     Files are decoded in worker processes. Finished shards are kept in the cache folder under a key made of the
     encoder (weights, layers, preprocessing), the precision and the images' content, and are never computed twice: a
-    killed run goes on where it stopped, with bit-identical results.
-
-    A shard is 1,024 images in a row: images added at the end leave earlier shards as they are.
-
-    cache=False leaves the disk alone, for models that change with every step.
+    killed run goes on where it stopped, with bit-identical results. A shard is 1,024 images in a row: images added at
+    the end leave earlier shards as they are. cache=False leaves the disk alone, for models that change with every step.
 
     Files that cannot be read are taken out of `images` (so rows stay aligned), listed in `images.left_out` and named
     in one warning. Raises ValueError when no image is readable or the encoder returns non-finite or zero vectors.
@@ -846,16 +752,13 @@ def embed_images(
     workers = decoders(images) if workers is None else workers
 
     def compute(rows: list[list[int]]):
-        loader = DataLoader(
-            Decoded(images, encoder.preprocess), batch_sampler=rows, num_workers=workers, collate_fn=list
-        )
-        for batch in loader:
+        decoded = Decoded(images, encoder.preprocess)
+        for batch in DataLoader(decoded, batch_sampler=rows, num_workers=workers, collate_fn=list):
             features = np.full((len(batch), encoder.dim), np.nan, dtype=np.float32)  # NaN marks an unreadable image
             readable = [i for i, image in enumerate(batch) if image is not None]
             if readable:
-                features[readable] = run_tower(
-                    encoder, encoder.image_tower, torch.stack([batch[i] for i in readable]).to(encoder.device)
-                )
+                pixels = torch.stack([batch[i] for i in readable]).to(encoder.device)
+                features[readable] = run_tower(encoder, encoder.image_tower, pixels)
             yield features
 
     if cache:
@@ -915,30 +818,24 @@ def embed_in_shards(
     """Read the shards that the cache holds, compute and save the others; `compute` yields one array per batch of rows."""
     precision = str(best_precision(encoder.device) or torch.float32).removeprefix("torch.")
     folder = cache_folder() / "embeddings" / f"{encoder.fingerprint(unit)}-{precision}-{unit}"
-    starts = range(0, len(digests), SHARD)
-    paths = {
-        start: folder / f"{hashlib.blake2b(b''.join(digests[start : start + SHARD]), digest_size=16).hexdigest()}.npy"
-        for start in starts
-    }
-    shards = {start: read_shard(path, encoder.dim) for start, path in paths.items()}
-    missing = [start for start in starts if shards[start] is None]
+    members = consecutive(len(digests), SHARD)  # the rows of each shard
+    keys = [hashlib.blake2b(b"".join(digests[row] for row in rows), digest_size=16).hexdigest() for rows in members]
+    shards = [read_shard(folder / f"{key}.npy", encoder.dim) for key in keys]
+    missing = [i for i, shard in enumerate(shards) if shard is None]
     progress = Progress(len(digests), label, unit)
-    done = len(digests) - sum(min(SHARD, len(digests) - start) for start in missing)
+    done = len(digests) - sum(len(members[i]) for i in missing)
     # Batches never cross a shard: a resumed run forms the same batches, hence the same bits.
-    rows = [
-        (start, list(range(i, min(i + batch_size, start + SHARD, len(digests)))))
-        for start in missing
-        for i in range(start, min(start + SHARD, len(digests)), batch_size)
-    ]
-    parts: list[np.ndarray] = []
-    for (start, batch), features in zip(rows, compute([batch for _, batch in rows]) if rows else [], strict=True):
-        parts.append(features)
-        done += len(batch)
-        progress.update(done)
-        if sum(map(len, parts)) == min(SHARD, len(digests) - start):
-            shards[start], parts = np.concatenate(parts), []
-            write_atomically(paths[start], lambda file, shard=shards[start]: np.save(file, shard))
-    return np.concatenate([shards[start] for start in starts])
+    to_do = {i: [members[i][at : at + batch_size] for at in range(0, len(members[i]), batch_size)] for i in missing}
+    computed = compute([batch for i in missing for batch in to_do[i]]) if missing else None
+    for i in missing:
+        parts = []
+        for batch in to_do[i]:
+            parts.append(next(computed))
+            done += len(batch)
+            progress.update(done)
+        shards[i] = np.concatenate(parts)
+        write_atomically(folder / f"{keys[i]}.npy", lambda file, shard=shards[i]: np.save(file, shard))
+    return np.concatenate(shards)
 
 
 def read_shard(path: Path, dim: int) -> np.ndarray | None:
@@ -965,11 +862,7 @@ class Decoded(Dataset):
         try:
             image = self.images[row]
         except Exception as error:  # a decoder may raise anything on broken data
-            if isinstance(error, MemoryError) or getattr(error, "errno", None) in (
-                errno.EMFILE,
-                errno.ENFILE,
-                errno.ENOMEM,
-            ):
+            if isinstance(error, MemoryError) or getattr(error, "errno", None) in EXHAUSTED:
                 raise  # the machine's trouble, not the file's: stop, and go on later
             return None
         return self.preprocess(image)
@@ -979,11 +872,11 @@ def content_digest(images: ImageSet, row: int) -> bytes:
     """A hash of an image's content (file bytes or pixels); of its path when the file cannot be opened."""
     try:
         image = images.images[row]
-        content = (
-            image.tobytes() + str(image.shape).encode()
-            if isinstance(images.images, np.ndarray)
-            else Path(image).read_bytes() + (b"" if images.crops is None else repr(images.crops[row].tolist()).encode())
-        )
+        if isinstance(images.images, np.ndarray):
+            content = image.tobytes() + str(image.shape).encode()
+        else:
+            crop = "" if images.crops is None else repr(images.crops[row].tolist())
+            content = Path(image).read_bytes() + crop.encode()
     except OSError:
         content = f"unreadable {images.images[row]}".encode()
     return hashlib.blake2b(content, digest_size=16).digest()
@@ -1002,13 +895,12 @@ def drop_unreadable(images: ImageSet, rows: np.ndarray) -> None:
     if len(rows) == total:
         raise ValueError(f"{images.name}: none of the {total} images can be read; the first is {reasons[0]}")
     kept = images.subset(np.setdiff1d(np.arange(total), rows))
-    for part in ("images", "labels", "groups", "captions", "crops"):
+    for part in PER_IMAGE:
         setattr(images, part, getattr(kept, part))
     images.left_out += reasons
     shown = ", ".join(reasons[:5]) + (f" and {len(reasons) - 5} more" if len(reasons) > 5 else "")
-    warnings.warn(
-        f"{images.name}: {len(rows)} of {total} images cannot be read and are left out: {shown}", stacklevel=3
-    )
+    message = f"{images.name}: {len(rows)} of {total} images cannot be read and are left out: {shown}"
+    warnings.warn(message, stacklevel=3)
 
 
 # --- neighbours ------------------------------------------------------------------------------------------------------
@@ -1093,11 +985,8 @@ def search(
     same_dimension(queries, gallery)
     check_k(k, len(gallery) - (own is not None), "gallery images")
     if metric in ("cosine", "inner") and index is None:
-
-        def keep(kept, scores, first):
-            return nearest(kept, scores, first, k)
-
-        scores, rows = zip(*fold_scores(queries, gallery, keep, k, metric, bias, own), strict=True)
+        fold = functools.partial(nearest, k=k)
+        scores, rows = zip(*fold_scores(queries, gallery, fold, k, metric, bias, own), strict=True)
         return np.concatenate(scores), np.concatenate(rows)
     if bias is not None:
         raise ValueError(
@@ -1231,7 +1120,7 @@ def hub_bias(
 
     references: queries that stand for those to come, such as training captions; never the queries one measures on. own:
     (n,) the reference that is the gallery row itself, left out; -1 for none. index: an approximate index of the
-    references; blocks of rows in which it finds fewer than k for any are searched exactly. Raises ValueError for what cannot be used.
+    references; blocks in which it finds fewer than k are searched exactly. Raises ValueError for what cannot be used.
     """
     if not np.isfinite(alpha) or alpha < 0:
         raise ValueError(
@@ -1268,11 +1157,8 @@ def reference_means(
     for k in ks:
         check_k(k, len(references) - (own is not None), "references")
     means, most, done = np.empty((len(ks), len(gallery)), np.float32), max(ks), 0
-
-    def keep(kept, scores, first):
-        return largest(kept, scores, first, most)
-
-    for top in fold_scores(gallery, references, keep, most, metric, own=own, what=("the gallery", "references")):
+    fold = functools.partial(largest, k=most)
+    for top in fold_scores(gallery, references, fold, most, metric, own=own, what=("the gallery", "references")):
         sums = np.cumsum(np.sort(top, axis=1)[:, ::-1], axis=1)
         for line, k in zip(means, ks, strict=True):
             line[done : done + len(top)] = sums[:, k - 1] / np.float32(k)
@@ -1321,12 +1207,9 @@ def checked_bias(bias: np.ndarray, size: int) -> np.ndarray:
     return bias
 
 
-def score_matrix(
-    queries: np.ndarray, gallery: np.ndarray, bias: np.ndarray | None = None, metric: str = "cosine"
-) -> np.ndarray:
-    """All scores, float32 (queries, gallery), less the bias: for those who add up the scores of several models."""
-    take = unit_rows if metric == "cosine" else checked
-    queries, gallery = take(queries, "queries"), take(gallery, "the gallery")
+def score_matrix(queries: np.ndarray, gallery: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:
+    """All cosines, float32 (queries, gallery), less the bias: for those who add up the scores of several models."""
+    queries, gallery = unit_rows(queries, "queries"), unit_rows(gallery, "the gallery")
     same_dimension(queries, gallery)
     scores = queries @ gallery.T
     return scores if bias is None else np.subtract(scores, checked_bias(bias, len(gallery)), out=scores)
@@ -1533,13 +1416,13 @@ def revisited_map(queries: np.ndarray, gallery: np.ndarray, ground_truth: Sequen
         "medium": (["easy", "hard"], ["junk"]),
         "hard": (["hard"], ["junk", "easy"]),
     }
+
+    def rows_of(kinds: list[str]) -> list[np.ndarray]:
+        return [np.concatenate([np.asarray(truth[kind], dtype=int) for kind in kinds]) for truth in ground_truth]
+
     scores = {}
     for name, (wanted, ignored) in protocols.items():
-        rows = [
-            [np.concatenate([np.asarray(truth[key], dtype=int) for key in keys]) for truth in ground_truth]
-            for keys in (wanted, ignored)
-        ]
-        ranks = rank_relevant(queries, gallery, rows[0], leave_out=rows[1], ties="pessimistic")
+        ranks = rank_relevant(queries, gallery, rows_of(wanted), leave_out=rows_of(ignored), ties="pessimistic")
         scores[name] = trapezoid_average_precision(ranks)
     return scores
 
@@ -1585,9 +1468,8 @@ def class_embeddings(
 ) -> np.ndarray:
     """One text embedding per class: the mean over prompt templates of unit embeddings, made unit again (CLIP, section 3.1)."""
     texts = [template.format(name) for name in names for template in templates]
-    return unit_rows(
-        embed_texts(encoder, texts).reshape(len(names), len(templates), -1).mean(axis=1), "class embeddings"
-    )
+    means = embed_texts(encoder, texts).reshape(len(names), len(templates), -1).mean(axis=1)
+    return unit_rows(means, "class embeddings")
 
 
 def zero_shot_accuracy(images: np.ndarray, labels: np.ndarray, classes: np.ndarray) -> Score:
@@ -1597,11 +1479,7 @@ def zero_shot_accuracy(images: np.ndarray, labels: np.ndarray, classes: np.ndarr
 
 
 def hubness(
-    queries: np.ndarray,
-    gallery: np.ndarray,
-    k: int = 10,
-    own: np.ndarray | None = None,
-    bias: np.ndarray | None = None,
+    queries: np.ndarray, gallery: np.ndarray, k: int = 10, own: np.ndarray | None = None, bias: np.ndarray | None = None
 ) -> tuple[float, np.ndarray]:
     """How unevenly images are found: (skewness, counts), counts[i] = in how many queries' first k row i appears.
 
@@ -1615,6 +1493,8 @@ def hubness(
 
 
 # --- fine-tuning -----------------------------------------------------------------------------------------------------
+
+NO_LABELS = "has no labels: put each class into a folder of its own, or add a column 'label'"
 
 
 def arc_margin(cosines: torch.Tensor, margin: torch.Tensor) -> torch.Tensor:
@@ -1711,9 +1591,7 @@ def split_classes(images: ImageSet, share: float, seed: int = 0) -> tuple[ImageS
     without labels, or when there are too few classes for both sides.
     """
     if images.labels is None:
-        raise ValueError(
-            f"{images.name} has no labels: put each class into a folder of its own, or add a column 'label'"
-        )
+        raise ValueError(f"{images.name} {NO_LABELS}")
     classes, counts = np.unique(images.labels, return_counts=True)
     measurable = classes[counts > 1]
     number = max(2, min(round(share * len(classes)), len(measurable)))
@@ -1738,9 +1616,7 @@ def load_splits(train_images: str | Path, test_images: str | Path = "", seed: in
             raise ValueError("test_images belong to train_images of your own; the drawn world brings its test")
         return train, load_images("mini", "validation"), load_images("mini", "test")
     if train.labels is None:
-        raise ValueError(
-            f"{train_images} has no labels: put each class into a folder of its own, or add a column 'label'"
-        )
+        raise ValueError(f"{train_images} {NO_LABELS}")
     if test_images:
         test = load_images(test_images, "test")
         if test.labels is None or (np.unique(test.labels, return_counts=True)[1] > 1).sum() < 2:
@@ -1787,7 +1663,7 @@ class TrainingImages(Dataset):
 
     def __init__(self, images: ImageSet, transform: Callable[[Image.Image], torch.Tensor]):
         if images.labels is None:
-            raise ValueError(f"{images.name} has no labels to learn from: put each class into a folder of its own")
+            raise ValueError(f"{images.name} {NO_LABELS}")
         self.images, self.transform = images, transform
         self.names, self.labels = np.unique(images.labels, return_inverse=True)
         if len(self.names) < 2:
@@ -1836,20 +1712,18 @@ def image_parameters(encoder: Encoder, rate: float, layer_decay: float = 1.0, we
     tower = getattr(encoder.model, "visual", encoder.model)
     skipped = ("embedding_head", "proj") if encoder.origin.get("before_projection") else ("embedding_head",)
     trunk = getattr(tower, "trunk", tower)  # open_clip keeps timm's models in `trunk`
-    matcher = getattr(trunk, "group_matcher", None)
-    if matcher is None and hasattr(trunk, "transformer"):  # open_clip's own ViT
+    order = {}
+    if hasattr(trunk, "transformer"):  # open_clip's own ViT
         stem = r"(?:conv1|class_embedding|positional_embedding|ln_pre)"
-        matcher = lambda coarse: {"stem": stem, "blocks": r"transformer\.resblocks\.(\d+)"}  # noqa: E731
-    if matcher is None:
-        if layer_decay != 1:
-            raise ValueError(f"the order of the layers of {encoder.name} is not known; choose layer_decay=1")
-        matcher = lambda coarse: {}  # noqa: E731
-
+        order = {"stem": stem, "blocks": r"transformer\.resblocks\.(\d+)"}
+    matcher = getattr(trunk, "group_matcher", None)
+    if layer_decay != 1 and not (matcher or order):
+        raise ValueError(f"the order of the layers of {encoder.name} is not known; choose layer_decay=1")
     parameters = [(key, value) for key, value in tower.named_parameters() if not key.startswith(skipped)]
     taking_part = [(key.removeprefix("trunk."), value) for key, value in parameters]
     for _, value in taking_part:
         value.requires_grad_()  # an earlier stage may have frozen it
-    layers = SimpleNamespace(group_matcher=matcher, named_parameters=lambda: taking_part)
+    layers = SimpleNamespace(group_matcher=matcher or (lambda coarse: order), named_parameters=lambda: taking_part)
     groups = param_groups_layer_decay(layers, weight_decay, layer_decay=layer_decay)
     return [{"weight_decay": weight_decay} | group | {"lr": rate} for group in groups]
 
@@ -2142,9 +2016,8 @@ def clip_gradients(accelerator, objective: torch.nn.Module, clip: float) -> torc
         if value.grad is not None and value.grad.is_sparse:
             gradient = value.grad.coalesce()  # every process drew the same rows
             mean = accelerator.reduce(gradient.values(), "mean")
-            value.grad = torch.sparse_coo_tensor(
-                gradient.indices(), mean, gradient.shape, is_coalesced=True, check_invariants=False
-            )
+            known = {"is_coalesced": True, "check_invariants": False}
+            value.grad = torch.sparse_coo_tensor(gradient.indices(), mean, gradient.shape, **known)
     accelerator.unscale_gradients()
     norms = []
     for part in [child.parameters() for child in objective.children()] + [objective.parameters(recurse=False)]:
@@ -2169,9 +2042,7 @@ def take_step(accelerator, optimizers: list[torch.optim.Optimizer]) -> None:
         accelerator.scaler.update()
 
 
-def validated(
-    accelerator, objective: torch.nn.Module, average: ModelEmaV3 | None, validate: Callable[[], float]
-) -> float:
+def validated(accelerator, objective, average: ModelEmaV3 | None, validate: Callable[[], float]) -> float:
     """validate() of the averaged weights if there are any; computed by the first process, known to all."""
     objective.eval()
     if average:
@@ -2234,16 +2105,11 @@ def read_log(path: Path) -> list[dict]:
 
 def draw_training(log: list[dict], handle=None):
     """The log as curves by epoch, drawn over the picture of `handle`; returns the handle (None outside a notebook)."""
-    if getattr(get_ipython(), "kernel", None) is None:
+    if not in_notebook():
         return None
-    titles = {
-        "loss": "loss",
-        "validation": "validation mAP (%)",
-        "rate": "rate",
-        "images_per_second": "images per second",
-    }
-    shown = {key: [row for row in log if key in row] for key in titles}
-    shown = {key: rows for key, rows in shown.items() if rows}
+    titles = {"loss": "loss", "validation": "validation mAP (%)", "rate": "rate"}
+    titles["images_per_second"] = "images per second"
+    shown = {key: rows for key in titles if (rows := [row for row in log if key in row])}
     figure, axes = plt.subplots(1, len(shown), figsize=(2.1 * len(shown), 1.8), squeeze=False)
     for axis, (key, rows) in zip(axes[0], shown.items(), strict=True):
         axis.plot([row["epoch"] for row in rows], [row[key] for row in rows], "o-" if key == "validation" else "-")
@@ -2251,13 +2117,12 @@ def draw_training(log: list[dict], handle=None):
         axis.tick_params(labelsize=8)
         axis.set(xlabel="epochs", ylim=(0, None) if key == "images_per_second" else None)
     plt.close(figure)
-    if handle is None:
-        return display(figure, display_id=True)
-    handle.update(figure)
-    return handle
+    return display_over(handle, figure)
 
 
 # --- results ---------------------------------------------------------------------------------------------------------
+
+PACKAGES = (torch, open_clip, timm, faiss, np)  # whose versions are noted beside results
 
 
 def result_row(
@@ -2272,33 +2137,16 @@ def result_row(
     """One line of a results file: a score from 0 to 100 with its interval."""
     low, high = score.interval(clusters)
     row = {"model": model, "task": task, "split": split, "group": group, "metric": metric}
-    return row | {
-        "value": round(100 * score.mean, 3),
-        "low": round(100 * low, 3),
-        "high": round(100 * high, 3),
-        "seeds": 1,
-    }
+    numbers = {"value": score.mean, "low": low, "high": high}
+    return row | {key: round(100 * number, 3) for key, number in numbers.items()} | {"seeds": 1}
 
 
 def save_results(run: Run, notebook: str, rows: list[dict], headline: str) -> Path:
     """Write runs/<profile>/<notebook>.json: what ran, where, how long, one line to remember, one tidy row per number."""
-    versions = {
-        name: importlib.import_module(name).__version__ for name in ("torch", "open_clip", "timm", "faiss", "numpy")
-    }
-    environment = {
-        "python": platform.python_version(),
-        "device": str(run.device),
-        "platform": run.platform,
-        "seed": run.seed,
-    } | versions
-    result = {
-        "notebook": notebook,
-        "profile": run.profile,
-        "seconds": round(time.time() - run.started, 1),
-        "headline": headline,
-        "environment": environment,
-        "rows": rows,
-    }
+    environment = {"python": platform.python_version(), "device": str(run.device), "platform": run.platform}
+    environment |= {"seed": run.seed} | {package.__name__: package.__version__ for package in PACKAGES}
+    result = {"notebook": notebook, "profile": run.profile, "seconds": round(time.time() - run.started, 1)}
+    result |= {"headline": headline, "environment": environment, "rows": rows}
     path = run.folder / f"{notebook}.json"
     write_atomically(path, lambda file: file.write((json.dumps(result, indent=1) + "\n").encode()))
     return path
@@ -2341,14 +2189,13 @@ def show_images(
     columns = max(map(len, rows))
     margin = 0.1 * max([len(line) for label in labels for line in label.split("\n")], default=0)
     tall = size * (1.28 if titles else 1.05)
-    figure = plt.figure(figsize=(columns * size + margin, len(rows) * tall), layout="none")
+    width, height = columns * size + margin, len(rows) * tall
+    figure = plt.figure(figsize=(width, height), layout="none")
     for i, row in enumerate(rows):
         for j, image in enumerate(row):
             left, bottom = margin + j * size, (len(rows) - 1 - i) * tall
-            width, height = figure.get_size_inches()
-            axis = figure.add_axes(
-                [(left + 0.05 * size) / width, (bottom + 0.04 * size) / height, 0.9 * size / width, 0.9 * size / height]
-            )
+            box = np.array([left + 0.05 * size, bottom + 0.04 * size, 0.9 * size, 0.9 * size])
+            axis = figure.add_axes(box / [width, height, width, height])
             axis.imshow(np.asarray(image))
             axis.set(xticks=[], yticks=[])
             axis.grid(False)
@@ -2381,10 +2228,8 @@ def show_neighbors(
 
     Right neighbours have a green frame and a check mark, wrong ones a red frame and a cross.
     """
-    texts = [
-        query.replace(" with ", "\nwith ").replace(" and ", "\nand ") if isinstance(query, str) else ""
-        for query in queries
-    ]
+    texts = [re.sub(" (with|and) ", r"\n\1 ", query) if isinstance(query, str) else "" for query in queries]
+    form = "{} bits" if scores is not None and scores.dtype.kind != "f" else "{:.2f}"
     lines, titles, frames = [], [], []
     for i, query in enumerate(queries):
         judged = [None] * len(rows[i]) if right is None else right[i]
@@ -2392,11 +2237,7 @@ def show_neighbors(
         lines.append(first + [gallery[row] for row in rows[i]])
         frames.append([None] * len(first) + [None if good is None else RIGHT if good else WRONG for good in judged])
         marks = ["" if good is None else "✓ " if good else "✗ " for good in judged]
-        numbers = (
-            [""] * len(marks)
-            if scores is None
-            else [f"{score:.2f}" if scores.dtype.kind == "f" else f"{score} bits" for score in scores[i]]
-        )
+        numbers = [""] * len(marks) if scores is None else [form.format(score) for score in scores[i]]
         titles.append(["query"] * len(first) + [mark + number for mark, number in zip(marks, numbers, strict=True)])
     return show_images(lines, titles, frames, texts if any(texts) else ())
 
@@ -2421,20 +2262,12 @@ def live_picture(draw: Callable[..., Picture], controls: dict[str, widgets.Widge
 def show_table(rows: Sequence[dict], caption: str = "", best: Sequence[str] = ()) -> HTML:
     """Dicts as a table: numbers with one decimal, None as an empty cell, the largest of each column in `best` in bold."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    top = {
-        column: max((row[column] for row in rows if isinstance(row.get(column), (int, float))), default=None)
-        for column in best
-    }
+    top = {key: max((row[key] for row in rows if isinstance(row.get(key), (int, float))), default=None) for key in best}
 
     def cell(row: dict, column: str) -> str:
         value = row.get(column)
-        text = (
-            ""
-            if value is None
-            else f"{value:.1f}"
-            if isinstance(value, (float, np.floating))
-            else html.escape(str(value))
-        )
+        text = "" if value is None else html.escape(str(value))
+        text = f"{value:.1f}" if isinstance(value, (float, np.floating)) else text
         text = f"<b>{text}</b>" if column in top and value == top[column] else text
         return f"<td style='text-align:{'left' if isinstance(value, str) else 'right'}'>{text}</td>"
 

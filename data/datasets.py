@@ -1,8 +1,9 @@
 """Data sets by name: where they lie, how they are fetched, and how the layout of their authors is read.
 
-`gpnns_utils.load_images(name, split)` calls `load`. What differs from one data set to the next is in datasets.toml; a
-layout that no reader below understands yet is one more function in READERS. Each data set has a folder of its own name
-in one of the folders of the environment variable GPNNS_DATA (several: separated as in PATH), or in .cache/datasets.
+`gpnns_utils.load_images(name, split)` calls `load`, and `load_own` for a folder, a table or tars of your own. What differs
+from one data set to the next is in datasets.toml; a layout that no reader below understands yet is one more function in
+READERS. Each data set has a folder of its own name in one of the folders of the environment variable GPNNS_DATA
+(several: separated as in PATH), or in .cache/datasets.
 
 the table -> where data lie -> loading -> layouts -> downloads -> archives
 """
@@ -195,6 +196,81 @@ def load_all(parts: Sequence[tuple[str, str]]) -> dict:
         "names": [f"{one['name']}/{name}" for one in loaded for name in one["names"]],
         "crops": None,
     }
+
+
+def load_own(source: Path, split: str) -> dict:
+    """The fields of an ImageSet for images of one's own: a folder, a table or a tar, as `load_images` describes them.
+
+    Raises ValueError for what is none of them, for no images, and when only some of them have labels.
+    """
+    if source.is_dir():
+        rows = own_folder(source, split)
+    elif source.suffix.lower() in (".csv", ".tsv", ".parquet"):
+        rows = own_table(source, split)
+    elif source.suffix.lower() == ".tar":
+        rows = read_shards([source])
+    else:
+        raise ValueError(f"{source} is neither a folder, a .csv, .tsv or .parquet table, nor a .tar")
+    rows.sort(key=lambda row: str(row["path"]))
+    labels = [row.get("label") or "" for row in rows]
+    names, numbers = np.unique(labels, return_inverse=True)
+    names = names[names != ""].tolist()
+    if names and "" in labels:
+        raise ValueError(
+            f"{source}: {labels.count('')} of {len(rows)} images have no label, for example {rows[labels.index('')]['path']}; give every image one, or none"
+        )
+    groups, captions = [row.get("group") or "" for row in rows], [row.get("captions") or [] for row in rows]
+    return {
+        "name": source.stem,
+        "images": [row["path"] for row in rows],
+        "labels": numbers if names else None,
+        "groups": np.array(groups) if any(groups) else None,
+        "captions": captions if any(captions) else None,
+        "names": names,
+    }
+
+
+def own_folder(folder: Path, split: str) -> list[dict]:
+    """One dict per image file below `folder`, with label and group from the names of its folders."""
+    top = folder / split if (folder / split).is_dir() else folder
+    paths = [path for path in top.rglob("*") if is_image(path.name)]
+    if not paths and (shards := list(top.glob("*.tar"))):
+        return read_shards(shards)
+    if not paths:
+        raise ValueError(f"no images below {top.absolute()} (looked for {', '.join(sorted(gu.SUFFIXES))})")
+    rows = []
+    for path in paths:
+        *above, label = path.relative_to(top).parts[:-1] or ("",)
+        rows.append({"path": path, "label": label, "group": "/".join(above)})
+    if (folder / "captions.json").exists():
+        captions = json.loads((folder / "captions.json").read_text(encoding="utf-8"))
+        for row in rows:
+            row["captions"] = captions.get(row["label"], [])
+    return rows
+
+
+def own_table(table: Path, split: str) -> list[dict]:
+    """One dict per line of a table: .csv or .tsv, whose first line names its columns, or .parquet."""
+    if table.suffix.lower() == ".parquet":
+        try:
+            from pyarrow.parquet import read_table as read_parquet
+        except ImportError as error:
+            raise ImportError(f"{table} needs pyarrow (pip install pyarrow); or save the table as .csv") from error
+        lines = read_parquet(table).to_pylist()
+        rows = [{key: "" if value is None else str(value) for key, value in line.items()} for line in lines]
+    else:
+        with open(table, encoding="utf-8-sig", newline="") as file:  # -sig: spreadsheets write a mark first
+            rows = list(csv.DictReader(file, delimiter="\t" if table.suffix.lower() == ".tsv" else ","))
+    if not rows or "path" not in rows[0]:
+        raise ValueError(f"{table} needs a first line with a column named 'path' and at least one image below it")
+    if "split" in rows[0]:
+        rows = [row for row in rows if row["split"] == split]
+        if not rows:
+            raise ValueError(f"{table} has a column 'split' but no image in split {split!r}")
+    for row in rows:
+        row["path"] = table.parent / row["path"]
+        row["captions"] = [c.strip() for c in (row.get("caption") or "").split("|") if c.strip()]
+    return rows
 
 
 def read(name: str, split: str) -> tuple[list[dict], list[str] | None]:
