@@ -1341,7 +1341,7 @@ def rank_relevant(
             if leave_out is not None:
                 absent = np.asarray(leave_out[query], dtype=int)
                 row[absent[absent >= 0]] = -np.inf
-            wanted = row[relevant[query]]
+            wanted = row[np.unique(np.asarray(relevant[query], dtype=int))]  # one that is listed twice counts once
             found.append(count_ranks(row, wanted if leave_out is None else wanted[wanted > -np.inf], ties))
         return found
 

@@ -64,6 +64,13 @@ def test_average_precision_equals_scikit_learn_also_with_ties(seed, n, classes, 
     np.testing.assert_allclose(gu.mean_average_precision(ranks).per_query, expected, atol=1e-9)
 
 
+def test_a_relevant_image_that_is_listed_twice_counts_once():
+    rng = np.random.default_rng(0)
+    queries, gallery = unit(rng, 3, 8), unit(rng, 20, 8)
+    once, twice = [[1, 5], [2], []], [[5, 1, 5], [2, 2], []]
+    assert np.array_equal(gu.rank_relevant(queries, gallery, once), gu.rank_relevant(queries, gallery, twice))
+
+
 def test_a_constant_encoder_wins_nothing():
     x = np.ones((4, 3), dtype=np.float32)
     relevant, own = [[1]] * 4, None
