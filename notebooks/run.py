@@ -17,6 +17,7 @@ from pathlib import Path
 try:
     import nbformat
     import papermill
+    import yaml
     from papermill.exceptions import PapermillExecutionError
     from PIL import Image
 except ModuleNotFoundError as error:
@@ -56,6 +57,13 @@ def run_notebook(path: Path, output: Path, profile: str) -> str | None:
     # sys.exit() in a cell ends a run silently: only what was never started tells.
     waiting = executed(output)[1]
     return f"cell {waiting[0]}: it did not run" if waiting else None
+
+
+def notebooks_of(profile: str) -> list[Path]:
+    """The notebooks that a profile has a part for; all of them for a name without a file."""
+    paths, file = sorted(FOLDER.glob("[0-9][0-9]_*.ipynb")), FOLDER / "profiles" / f"{profile}.yml"
+    listed = yaml.safe_load(file.read_text(encoding="utf-8"))["notebooks"] if file.exists() else paths
+    return [path for path in paths if path in listed or path.stem in listed]
 
 
 def own_number(path: Path, index: int) -> int:
@@ -144,7 +152,7 @@ def main() -> int:
     parser.add_argument("--solutions", action="store_true", help="run nothing, only bring solutions/ up to date")
     parser.add_argument("notebooks", nargs="*", type=Path, help="notebooks to run (default: all, in order)")
     arguments = parser.parse_args()
-    paths = arguments.notebooks or sorted(FOLDER.glob("[0-9][0-9]_*.ipynb"))
+    paths = arguments.notebooks or notebooks_of(arguments.profile)
     if arguments.solutions:
         for path in paths:
             rebuild_solution(path)

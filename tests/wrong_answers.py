@@ -20,6 +20,7 @@ WRONG = {
         1: [
             "def r_precision(ranks):\n    return (ranks <= ranks.shape[1]).mean(axis=1)",
             "def r_precision(ranks):\n    return 0.5",
+            "def r_precision(ranks):\n    return (ranks <= 2).sum(axis=1) / 2",
         ],
         2: ["floor = 0", "floor = 0.1", "floor = 100 / 9"],
         3: [
@@ -57,6 +58,8 @@ WRONG = {
         1: [
             "def kept(moves):\n    return moves.mean(dim=0).norm() / moves.norm(dim=1).mean()",
             "def kept(moves):\n    return 0.5",
+            "def kept(moves):\n    return F.cosine_similarity(moves[:, None], moves, dim=2).mean()",
+            "def kept(moves):\n    return moves.mean(dim=0).square().sum() / moves.norm(dim=1).mean() ** 2",
         ],
         2: [
             "def rotated(vectors):\n    return -vectors",
