@@ -542,7 +542,8 @@ def test_without_its_data_sets_a_table_is_blank_and_each_set_says_how_to_get_it(
     assert not sets and "cannot be downloaded without you" in notes["imagenet:train"]
     assert "could not download" in notes["instre:test"]
     cells = seven.measure_table(["pixels"], columns, sets, notes, "own", tmp_path / "cells")
-    assert [cell["why"] for cell in cells.values()] == [notes[column[1]] for column in columns]
+    assert [cell["why"] for cell in cells.values()] == [notes[column[2] or column[1]] for column in columns]
+    assert not {"imagenet_v2:test", "roxford:query_full"} & notes.keys(), "nothing is fetched that has no gallery"
 
 
 @pytest.mark.notebook
