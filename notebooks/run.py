@@ -62,8 +62,10 @@ def run_notebook(path: Path, output: Path, profile: str) -> str | None:
 def notebooks_of(profile: str) -> list[Path]:
     """The notebooks that a profile has a part for; all of them for a name without a file."""
     paths, file = sorted(FOLDER.glob("[0-9][0-9]_*.ipynb")), FOLDER / "profiles" / f"{profile}.yml"
-    listed = yaml.safe_load(file.read_text(encoding="utf-8"))["notebooks"] if file.exists() else paths
-    return [path for path in paths if path in listed or path.stem in listed]
+    if not file.exists():
+        return paths
+    listed = yaml.safe_load(file.read_text(encoding="utf-8"))["notebooks"]
+    return [path for path in paths if path.stem in listed]
 
 
 def own_number(path: Path, index: int) -> int:

@@ -8,8 +8,8 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
-import nbformat
 import pytest
+from conftest import write_notebook
 
 import gpnns_utils as gu
 
@@ -172,14 +172,6 @@ def test_a_port_that_is_taken_is_passed_over(tmp_path):
         lab.communicate()
     assert any(f"The port {port} is already in use, trying another port" in line for line in said)
     assert re.search(r"http://\S+:(\d+)/lab", said[-1])[1] != str(port)
-
-
-def write_notebook(path, *sources):
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
-    notebook.cells[0].metadata["tags"] = ["parameters"]
-    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    nbformat.write(notebook, path)
-    return str(path)
 
 
 @pytest.mark.notebook

@@ -15,6 +15,7 @@ import papermill as pm
 import pytest
 import timm
 import torch
+from conftest import write_notebook
 from PIL import Image
 from safetensors.torch import load_file
 from wrong_answers import WRONG
@@ -671,14 +672,6 @@ def test_too_few_classes_to_learn_from_and_measure_on_are_refused(shapes, tmp_pa
 def test_a_typo_in_a_parameter_fails_instead_of_running_the_defaults(tmp_path):
     with pytest.raises(AssertionError, match="has no parameters"):
         execute(PATHS[0], tmp_path / "o.ipynb", {"profle": "mini"}, gu.HERE)
-
-
-def write_notebook(path, *sources):
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
-    notebook.cells[0].metadata["tags"] = ["parameters"]
-    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    nbformat.write(notebook, path)
-    return str(path)
 
 
 @pytest.mark.notebook
