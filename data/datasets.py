@@ -1,14 +1,16 @@
-"""Data sets by name: where they lie, how they are fetched, and how the layout of their authors is read.
+"""Images by name: where data sets lie, how they are fetched, how the layout of their authors is read; and own files.
 
-`gpnns_utils.load_images(name, split)` calls `load`, and `load_own` for a folder, a table or tars of your own. What differs
-from one data set to the next is in datasets.toml; a layout that no reader below understands yet is one more function in
-READERS. Each data set has a folder of its own name in one of the folders of the environment variable GPNNS_DATA
-(several: separated as in PATH), or in .cache/datasets.
+`gpnns_utils.load_images(source, split)` calls `load`. What differs from one data set to the next is in datasets.toml; a
+layout that no reader below understands yet is one more function in READERS. Each data set has a folder of its own name
+in one of the folders of the environment variable GPNNS_DATA (several: separated as in PATH), or in .cache/datasets.
 
-the table -> where data lie -> loading -> layouts -> downloads -> archives
+a set of images -> the table -> where data lie -> loading -> splits -> the papers' tables -> layouts -> downloads -> archives
 """
 
+from __future__ import annotations
+
 import csv
+import difflib
 import gzip
 import hashlib
 import http.client
@@ -29,14 +31,124 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
+from PIL import Image, ImageOps
 
 import gpnns_utils as gu
 
 KAGGLE = Path("/kaggle/input")  # data sets that a Kaggle notebook was given; read only
 TRIES, PAUSE, TIMEOUT = 4, 3.0, 60.0  # downloads: attempts without progress, seconds between them, seconds of silence
+
+
+# --- a set of images -------------------------------------------------------------------------------------------------
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+NO_LABELS = "has no labels: put each class into a folder of its own, or add a column 'label'"
+PER_IMAGE = ("images", "labels", "groups", "captions", "crops")  # the fields of an ImageSet with one entry per image
+
+
+@dataclass
+class ImageSet:
+    """Images and what is known about them. All fields but `names` have one entry per image.
+
+    images: list of paths, or uint8 array (n, height, width, 3). labels: int64 (n,) class numbers. groups: (n,) domain
+    names. captions: n lists of strings. names: class number -> readable name. left_out: files that could not be read.
+    crops: int (n, 4), the part that counts of each picture file: left, top, right, bottom in pixels; a right or bottom
+    below 1 counts from the other edge.
+    """
+
+    name: str
+    images: Sequence[Path] | np.ndarray
+    labels: np.ndarray | None = None
+    groups: np.ndarray | None = None
+    captions: list[list[str]] | None = None
+    names: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    crops: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, row: int) -> Image.Image:
+        image = self.images[row]
+        if isinstance(self.images, np.ndarray):
+            return Image.fromarray(np.asarray(image))
+        return open_image(image, None if self.crops is None else self.crops[row])
+
+    def describe(self, row: int) -> str:
+        """Where an image comes from, for messages: its path, or its row."""
+        return f"row {row} of {self.name}" if isinstance(self.images, np.ndarray) else str(self.images[row])
+
+    def subset(self, rows: Sequence[int] | np.ndarray) -> ImageSet:
+        """The images of `rows` (numbers, or a boolean mask) as a new set."""
+        rows = np.arange(len(self))[np.asarray(rows)]
+        parts = {part: values for part in PER_IMAGE if (values := getattr(self, part)) is not None}
+        parts = {k: v[rows] if isinstance(v, np.ndarray) else [v[i] for i in rows] for k, v in parts.items()}
+        return replace(self, **parts, left_out=list(self.left_out))
+
+    def digest(self, row: int) -> bytes:
+        """A hash of an image's content (file bytes or pixels); of its path when the file cannot be opened."""
+        image = self.images[row]
+        try:
+            if isinstance(self.images, np.ndarray):
+                content = image.tobytes() + str(image.shape).encode()
+            else:
+                crop = "" if self.crops is None else repr(self.crops[row].tolist())
+                content = Path(image).read_bytes() + crop.encode()
+        except OSError:
+            content = f"unreadable {image}".encode()
+        return hashlib.blake2b(content, digest_size=16).digest()
+
+    def leave_out(self, rows: np.ndarray) -> None:
+        """Take out images that cannot be read, and say so once: in `left_out`, and in a warning."""
+        reasons = []
+        for row in rows:
+            try:
+                self[row]
+                reasons.append(self.describe(row))
+            except Exception as error:
+                reasons.append(f"{self.describe(row)} ({type(error).__name__})")
+        total = len(self)
+        if len(rows) == total:
+            raise ValueError(f"{self.name}: none of the {total} images can be read; the first is {reasons[0]}")
+        kept = self.subset(np.setdiff1d(np.arange(total), rows))
+        for part in PER_IMAGE:
+            setattr(self, part, getattr(kept, part))
+        self.left_out += reasons
+        shown = ", ".join(reasons[:5]) + (f" and {len(reasons) - 5} more" if len(reasons) > 5 else "")
+        message = f"{self.name}: {len(rows)} of {total} images cannot be read and are left out: {shown}"
+        warnings.warn(message, stacklevel=3)
+
+
+def text_queries(images: ImageSet) -> tuple[list[str], list[np.ndarray]]:
+    """Every caption of a set once, in alphabetical order, and for each the rows of the images that carry it."""
+    carried = {}
+    for row, captions in enumerate(images.captions or []):
+        for caption in dict.fromkeys(caption for caption in captions if caption.strip()):
+            carried.setdefault(caption, []).append(row)
+    return sorted(carried), [np.array(carried[caption]) for caption in sorted(carried)]
+
+
+def open_image(path: Path, crop: Sequence[int] | None = None) -> Image.Image:
+    """Read an image as RGB: turned upright as its EXIF data say, transparent parts on white, 16 bits cut to 8.
+
+    crop: a box as in `ImageSet.crops`, in the pixels of the file.
+    """
+    with Image.open(path) as image:
+        if crop is not None:
+            left, top, right, bottom = (int(edge) for edge in crop)
+            right, bottom = right + image.width * (right < 1), bottom + image.height * (bottom < 1)
+            image = image.crop((left, top, min(right, image.width), min(bottom, image.height)))
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):
+            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+        if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA"):
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
 
 
 # --- the table -------------------------------------------------------------------------------------------------------
@@ -139,13 +251,35 @@ def images_below(folder: Path) -> list[Path]:
 
 
 def is_image(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in gu.SUFFIXES and not name.startswith(".")
+    return os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith(".")
 
 
 # --- loading ---------------------------------------------------------------------------------------------------------
 
 
-def load(name: str, split: str = "test") -> dict:
+def load(source: str | Path, split: str = "test") -> ImageSet:
+    """The images that `source` names, as `gpnns_utils.load_images` describes them.
+
+    Raises FileNotFoundError for what is nowhere, ValueError for what cannot be understood.
+    """
+    if str(source) == "mini":
+        from gpnns_utils import mini_world
+
+        report = gu.Progress(0, f"drawing mini world, {split}").update
+        return ImageSet(name=f"mini {split}", **mini_world.load_split(split, gu.cache_folder(), report=report))
+    parts = [part.strip().partition(":") for part in str(source).split(" + ")]
+    if all(name in TABLE for name, _, _ in parts):
+        return ImageSet(**load_all([(name, own or split) for name, _, own in parts]))
+    name, source = str(source), Path(source).expanduser()
+    if not source.exists():
+        raise FileNotFoundError(
+            f"no folder or table of images at {source.absolute()}; give a path, 'mini' for the drawn world, or the name of a "
+            f"data set{suggest(name, list(TABLE))}"
+        )
+    return ImageSet(**load_own(source, split))
+
+
+def load_named(name: str, split: str = "test") -> dict:
     """The fields of an ImageSet for one split of a data set, fetched first when it is nowhere and may be downloaded.
 
     Raises ValueError for a split that does not exist and for numbers of images or classes other than the table's,
@@ -180,7 +314,7 @@ def load_all(parts: Sequence[tuple[str, str]]) -> dict:
 
     Raises ValueError when one of them has no labels, or shows only parts of its pictures.
     """
-    loaded = [load(name, split) for name, split in parts]
+    loaded = [load_named(name, split) for name, split in parts]
     if len(loaded) == 1:
         return loaded[0]
     together = " + ".join(one["name"] for one in loaded)
@@ -237,7 +371,7 @@ def own_folder(folder: Path, split: str) -> list[dict]:
     if not paths and (shards := list(top.glob("*.tar"))):
         return read_shards(shards)
     if not paths:
-        raise ValueError(f"no images below {top.absolute()} (looked for {', '.join(sorted(gu.SUFFIXES))})")
+        raise ValueError(f"no images below {top.absolute()} (looked for {', '.join(sorted(SUFFIXES))})")
     rows = []
     for path in paths:
         *above, label = path.relative_to(top).parts[:-1] or ("",)
@@ -365,6 +499,85 @@ def ground_truth(name: str) -> list[dict]:
 
 
 TRUTH = ("easy", "hard", "junk")
+
+
+def suggest(name: str, known: Sequence[str]) -> str:
+    """The end of a message about a name that is not known: those most like it."""
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"; did you mean {', '.join(close)}?" if close else ""
+
+
+# --- splits ----------------------------------------------------------------------------------------------------------
+
+
+def split_classes(images: ImageSet, share: float, seed: int = 0) -> tuple[ImageSet, ImageSet]:
+    """Cut off `share` of the classes, at least two: (the rest, those). Select models on them, not on a benchmark.
+
+    Only classes with two images or more are cut off, because a single image has nothing to find. Raises ValueError
+    without labels, or when there are too few classes for both sides.
+    """
+    if images.labels is None:
+        raise ValueError(f"{images.name} {NO_LABELS}")
+    classes, counts = np.unique(images.labels, return_counts=True)
+    measurable = classes[counts > 1]
+    number = max(2, min(round(share * len(classes)), len(measurable)))
+    if len(classes) - number < 2 or len(measurable) < 2:
+        raise ValueError(
+            f"{images.name} has {len(classes)} classes; at least {number + 2} are needed, {number} of them, with two images or more, to measure on: add classes"
+        )
+    held = np.isin(images.labels, np.random.default_rng(seed).choice(measurable, number, replace=False))
+    return images.subset(~held), images.subset(held)
+
+
+def load_splits(train_images: str | Path, test_images: str | Path = "", seed: int = 0) -> tuple[ImageSet, ...]:
+    """Labelled images to learn from, to choose on and to measure on: three sets without a class in common.
+
+    "mini" brings its own three. Of other images a tenth of the classes is cut off to choose on and, without
+    `test_images`, a fifth to measure on. Raises ValueError without labels, for too few classes, and when classes of
+    `test_images` are trained on.
+    """
+    train = load(train_images, "train")
+    if train_images == "mini":
+        if test_images:
+            raise ValueError("test_images belong to train_images of your own; the drawn world brings its test")
+        return train, load("mini", "validation"), load("mini", "test")
+    if train.labels is None:
+        raise ValueError(f"{train_images} {NO_LABELS}")
+    if test_images:
+        test = load(test_images, "test")
+        if test.labels is None or (np.unique(test.labels, return_counts=True)[1] > 1).sum() < 2:
+            raise ValueError(f"{test_images} needs labels and at least two classes with two images each, to measure on")
+        if shared := sorted(set(test.names) & set(train.names)):
+            raise ValueError(
+                f"{len(shared)} classes are trained on and measured on, for example {shared[0]}: take them out of one"
+            )
+    else:
+        train, test = split_classes(train, 0.2, seed)
+    return *split_classes(train, 0.1, seed), test
+
+
+# --- the papers' tables ----------------------------------------------------------------------------------------------
+
+
+def load_published(name: str) -> list[dict]:
+    """A table of the papers, data/published/<name>.csv: one dict per row, numbers as float, empty cells as None."""
+    path = gu.DATA / "published" / f"{name}.csv"
+    if not path.exists():
+        raise FileNotFoundError(
+            f"no published table {name!r}; there are {', '.join(sorted(p.stem for p in path.parent.glob('*.csv')))}"
+        )
+    with open(path, encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [{key: None if value == "" else number_or_text(value) for key, value in row.items()} for row in rows]
+
+
+def number_or_text(text: str) -> float | int | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
 
 
 # --- layouts ---------------------------------------------------------------------------------------------------------
@@ -792,7 +1005,7 @@ def read_shards(shards: Sequence[Path]) -> list[dict]:
             key, _, suffix = path.name.partition(".")
             samples.setdefault(str(path.parent / key), {})["." + suffix.lower()] = path
         for parts in samples.values():
-            image = next((path for suffix, path in parts.items() if suffix in gu.SUFFIXES), None)
+            image = next((path for suffix, path in parts.items() if suffix in SUFFIXES), None)
             if image is not None:
                 rows.append({"path": image, **sample_facts(parts)})
     if not rows:

@@ -1,4 +1,5 @@
 import ast
+import importlib.util
 import os
 import shutil
 from types import SimpleNamespace
@@ -58,6 +59,14 @@ def lift(notebook):
     names = {}
     exec(compile(tree, str(path), "exec"), names)
     return SimpleNamespace(**names)
+
+
+def load_module(path):
+    """Import one Python file by its path, without running what it guards as a script."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def unit(rng, n, d):

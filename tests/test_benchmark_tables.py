@@ -189,7 +189,7 @@ def test_the_columns_are_those_of_the_published_table_in_its_order(seven, table,
     for name, source, gallery, task, metric in columns:
         for part in filter(None, (source, gallery)):
             data_set, split = part.split(":")
-            assert split in gu.dataset_module().TABLE[data_set]["splits"], part
+            assert split in gu.datasets.TABLE[data_set]["splits"], part
         expected = {
             "map": ("image_to_image", "revisited"),
             "r1": ("image_to_image",),
@@ -261,7 +261,7 @@ def test_oxford_is_measured_by_its_ground_truth_under_medium_and_refuses_a_gap(s
         {k: np.arange(10 * q + 3 * i, 10 * q + 3 * i + 3) for i, k in enumerate(("easy", "hard", "junk"))}
         for q in range(3)
     ]
-    monkeypatch.setattr(gu.dataset_module(), "ground_truth", {"roxford": truth}.__getitem__)
+    monkeypatch.setattr(gu.datasets, "ground_truth", {"roxford": truth}.__getitem__)
     column = seven.gpnns_columns()[2]
     sets = {part: image_set(np.zeros(n, int)) for part, n in ((column[1], 3), (column[2], 40))}
     kept = {(id(mini), column[1]): queries, (id(mini), column[2]): gallery}

@@ -205,8 +205,8 @@ def test_the_explorer_shows_the_nearest_images_of_its_settings(lesson):
 
 
 def test_the_explorers_references_are_not_captions_of_its_images(lesson):
-    gallery = {gu.content_digest(lesson.photos, row) for row in range(len(lesson.photos))}
-    assert not [row for row in range(len(lesson.others)) if gu.content_digest(lesson.others, row) in gallery]
+    gallery = {lesson.photos.digest(row) for row in range(len(lesson.photos))}
+    assert not [row for row in range(len(lesson.others)) if lesson.others.digest(row) in gallery]
     assert len(lesson.references) > 100
 
 

@@ -9,6 +9,7 @@ import sys
 
 import nbformat
 import pytest
+from conftest import load_module
 from wrong_answers import WRONG
 
 import gpnns_utils as gu
@@ -16,7 +17,7 @@ import gpnns_utils as gu
 FOLDER = gu.HERE / "notebooks"
 PATHS = sorted(FOLDER.glob("[0-9][0-9]_*.ipynb"))
 ids = [path.stem for path in PATHS]
-RUN = gu.load_module(FOLDER / "run.py")
+RUN = load_module(FOLDER / "run.py")
 
 
 def read(path):

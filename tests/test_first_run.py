@@ -9,11 +9,11 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from conftest import write_notebook
+from conftest import load_module, write_notebook
 
 import gpnns_utils as gu
 
-INSTALL = gu.load_module(gu.HERE / "notebooks" / "install.py")
+INSTALL = load_module(gu.HERE / "notebooks" / "install.py")
 NOWHERE = "http://127.0.0.1:9/simple"  # nothing listens there
 OFFLINE = {"PIP_INDEX_URL": NOWHERE, "UV_DEFAULT_INDEX": NOWHERE, "PIP_RETRIES": "0", "UV_HTTP_RETRIES": "0"}
 OFFLINE |= {"PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": "", "PIP_NO_CACHE_DIR": "1", "UV_NO_CACHE": "1"}

@@ -100,15 +100,15 @@ def test_transparent_pictures_are_laid_on_white_and_photos_turned_upright(tmp_pa
     palette.putpalette([0, 0, 0] * 256)
     palette.save(tmp_path / "palette.png", transparency=0)
     for name in ("clear.png", "palette.png"):
-        assert np.asarray(gu.open_image(tmp_path / name)).min() == 255, name
+        assert np.asarray(gu.datasets.open_image(tmp_path / name)).min() == 255, name
     exif = Image.Exif()
     exif[0x0112] = 6  # taken with the camera turned
     pixels(size=(20, 40)).save(tmp_path / "turned.jpg", exif=exif)
-    assert gu.open_image(tmp_path / "turned.jpg").size == (20, 40)
+    assert gu.datasets.open_image(tmp_path / "turned.jpg").size == (20, 40)
     Image.fromarray(np.full((4, 4), 257 * 100, dtype=np.uint16)).save(tmp_path / "deep.png")
-    assert np.asarray(gu.open_image(tmp_path / "deep.png")).max() == 100
+    assert np.asarray(gu.datasets.open_image(tmp_path / "deep.png")).max() == 100
     Image.new("1", (4, 4)).save(tmp_path / "ink.png")
-    assert gu.open_image(tmp_path / "ink.png").mode == "RGB"
+    assert gu.datasets.open_image(tmp_path / "ink.png").mode == "RGB"
 
 
 def test_subsets_keep_everything_aligned(world):

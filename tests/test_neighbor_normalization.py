@@ -6,7 +6,7 @@ import faiss
 import numpy as np
 import pytest
 import torch
-from conftest import unit
+from conftest import lift, unit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nnn import BaseRanker, BaseRetriever, NNNRanker, NNNRetriever
@@ -166,11 +166,11 @@ def test_one_more_dimension_gives_the_corrected_ranking_in_any_index_for_inner_p
         np.testing.assert_allclose(found_scores, scores, atol=1e-6)
 
 
-def test_the_score_matrix_ranks_and_search_agree():
+def test_the_score_matrix_of_notebook_06_ranks_and_search_agree():
     rng = np.random.default_rng(5)
     gallery, queries = 3 * unit(rng, 80, 12), 5 * unit(rng, 20, 12)
     bias = gu.hub_bias(gallery, unit(rng, 30, 12), 4)
-    matrix = gu.score_matrix(queries, gallery, bias)
+    matrix = lift("06").score_matrix(queries, gallery, bias)
     scores, rows = gu.search(queries, gallery, 80, bias=bias)
     np.testing.assert_allclose(np.take_along_axis(matrix, rows, axis=1), scores, atol=1e-6)
     ranks = gu.rank_relevant(queries, gallery, rows[:, 6:7], bias=bias)
@@ -178,10 +178,11 @@ def test_the_score_matrix_ranks_and_search_agree():
 
 
 def test_equal_scores_come_in_the_order_of_their_rows(small_tiles):
+    """Which of those that tie for the last place are found is left to faiss; there are none among the first twenty."""
     gallery = np.tile(np.eye(3, dtype=np.float32), (20, 1))  # each row twenty times
     scores, rows = gu.search(np.eye(3, dtype=np.float32), gallery, 25)
-    assert rows[0, :20].tolist() == list(range(0, 60, 3))
-    assert rows[1, 20:].tolist() == [0, 2, 3, 5, 6]
+    assert [line[:20].tolist() for line in rows] == [list(range(first, 60, 3)) for first in range(3)]
+    assert (np.diff(rows[:, 20:], axis=1) > 0).all() and len(set(rows[0])) == 25
     assert (scores[:, :20] == 1).all() and (scores[:, 20:] == 0).all()
 
 
@@ -229,43 +230,6 @@ def test_several_k_in_one_pass_equal_one_pass_each(small_tiles):
         np.testing.assert_allclose(0.5 * mean, gu.hub_bias(gallery, references, k, 0.5), atol=1e-6)
 
 
-def test_a_gallery_that_is_its_own_reference_leaves_each_row_out_by_identity(small_tiles):
-    rng = np.random.default_rng(8)
-    x = np.repeat(unit(rng, 15, 6), 2, axis=0)  # every row has an exact copy, which stays
-    alone = gu.hub_bias(x, x, 1, 1.0, own=np.arange(30))
-    np.testing.assert_allclose(alone, 1, atol=1e-6)
-    others = gu.hub_bias(x[::2], x[::2], 3, 1.0, own=np.arange(15))
-    scores = x[::2] @ x[::2].T
-    np.fill_diagonal(scores, -np.inf)
-    np.testing.assert_allclose(others, np.sort(scores, axis=1)[:, -3:].mean(axis=1), atol=1e-6)
-
-
-# --- approximate references ---
-
-
-@pytest.mark.parametrize("own", [False, True])
-def test_what_an_approximate_index_misses_never_enters_the_mean(own):
-    """The package averages the missing hits' -3.4e38 and makes perfect hubs of the rows concerned."""
-    rng = np.random.default_rng(9)
-    gallery = references = unit(rng, 300, 16)
-    index = gu.build_index(references, "ivf")  # one of 17 cells is visited: about 18 references
-    own = np.arange(300) if own else None
-    assert (gu.search(gallery, references, 32, index=index)[1] == -1).any(), "this index does miss some"
-    bias = gu.hub_bias(gallery, references, 32, own=own, index=index)
-    assert np.isfinite(bias).all()
-    np.testing.assert_allclose(bias, gu.hub_bias(gallery, references, 32, own=own), atol=0.01)
-
-
-def test_a_good_index_of_the_references_gives_nearly_the_same_bias():
-    rng = np.random.default_rng(10)
-    gallery, references = cone(rng, 2500, 16, np.eye(16)[0]), unit(rng, 3000, 16)
-    bias = gu.hub_bias(gallery, references, 16, index=gu.build_index(references, "hnsw"))
-    exact = gu.hub_bias(gallery, references, 16)
-    assert np.abs(bias - exact).max() < 0.02 and np.abs(bias - exact).mean() < 1e-3
-    all_of_them = gu.hub_bias(gallery, references, 3000, index=gu.build_index(references, "flat"))
-    np.testing.assert_allclose(all_of_them, gu.hub_bias(gallery, references, 3000), atol=1e-5)
-
-
 # --- misuse ---
 
 
@@ -289,8 +253,6 @@ def test_every_misuse_is_refused_with_a_remedy():
         (lambda: gu.hub_bias(gallery, references, 0), "choose k from 1 to 10"),
         (lambda: gu.hub_bias(gallery, references, -1), "choose k from 1 to 10"),
         (lambda: gu.hub_bias(gallery, references, 2.5), "choose k from 1 to 10"),
-        (lambda: gu.hub_bias(gallery, gallery, 20, own=np.arange(20)), "among 19 references"),
-        (lambda: gu.hub_bias(gallery, references, 11, index=gu.build_index(references)), "among 10 references"),
         (lambda: gu.hub_bias(gallery, references, 3, float("nan")), "alpha=nan is not a share"),
         (lambda: gu.hub_bias(gallery, references, 3, -0.5), "alpha=-0.5 is not a share"),
         (lambda: gu.hub_bias(gallery, np.empty((0, 4), np.float32), 1), "references must be a non-empty array"),
@@ -301,29 +263,21 @@ def test_every_misuse_is_refused_with_a_remedy():
         (lambda: gu.hub_bias(broken, references, 3), "the gallery: row 7 holds NaN"),
         (lambda: gu.hub_bias(gallery, references[:, :3], 3), "references have 3 dimensions, the gallery 4"),
         (lambda: gu.hub_bias(gallery, references, 3, metric="l2"), "need the metric cosine or inner"),
-        (
-            lambda: gu.hub_bias(gallery, references, 3, own=np.arange(3)),
-            "own needs one row number, or -1, for each of 20",
-        ),
-        (lambda: gu.hub_bias(gallery, references, 3, index=distances), "not built for the metric cosine"),
-        (
-            lambda: gu.hub_bias(gallery, references, 3, index=gu.build_index(gallery)),
-            "the index holds 20 rows of 4 dimensions",
-        ),
+        (lambda: gu.search(queries, gallery, 5, own=np.arange(4)), "own needs one row number, or -1, for each of 3"),
+        (lambda: gu.search(queries, references, 3, index=distances), "not built for the metric cosine"),
         (lambda: gu.search(queries, gallery, 5, bias=bias[:19]), "one finite number for each of 20 gallery rows"),
         (lambda: gu.search(queries, gallery, 5, bias=bias[:, None]), "one finite number for each of 20 gallery rows"),
         (lambda: gu.search(queries, gallery, 5, bias=bias * np.inf), "with NaN or infinite values"),
-        (lambda: gu.search(queries, gallery, 5, "l2", bias=bias), "a bias belongs to the metrics cosine and inner"),
+        (lambda: gu.search(queries, gallery, 5, "l2", bias=bias), "exact search with the metrics cosine and inner"),
         (lambda: gu.search(queries, gallery, 5, index=index, bias=bias), "build the index from with_bias"),
         (lambda: gu.search(queries, longer, 5, "inner", index=index), "queries have 4 dimensions, the gallery 5"),
         (lambda: gu.search(queries, gallery, 5, "inner", index=index), "the index holds 20 rows of 5 dimensions"),
         (lambda: gu.search(queries, gallery, 21, bias=bias), "choose k from 1 to 20"),
         (lambda: gu.search(queries, gallery, 0, bias=bias), "choose k from 1 to 20"),
-        (lambda: gu.search(queries[0], gallery, 5, bias=bias), r"a single vector is written vector\[None\]"),
+        (lambda: gu.search(queries[0], gallery, 5, bias=bias), r"write a single vector as vector\[None\]"),
         (lambda: gu.search(queries * np.nan, gallery, 5, bias=bias), "queries: row 0 holds NaN"),
         (lambda: gu.rank_relevant(queries, gallery, [[0]] * 3, bias=bias[:5]), "one finite number for each of 20"),
         (lambda: gu.with_bias(gallery, bias[:5]), "one finite number for each of 20"),
-        (lambda: gu.score_matrix(queries, gallery, bias[:5]), "one finite number for each of 20"),
     ]
     for call, message in cases:
         with pytest.raises(ValueError, match=message):

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import load_module
 
 import gpnns_utils as gu
 
-PREPARE = gu.load_module(gu.HERE / "notebooks" / "prepare.py")
-VERSIONS = gu.load_module(gu.HERE / "tests" / "colab_versions.py")
+PREPARE = load_module(gu.HERE / "notebooks" / "prepare.py")
+VERSIONS = load_module(gu.HERE / "tests" / "colab_versions.py")
 FIRST_CELL = next(
     "".join(cell["source"])
     for cell in json.loads((gu.HERE / "notebooks" / "01_search_images.ipynb").read_text(encoding="utf-8"))["cells"]
@@ -210,7 +211,7 @@ def test_a_folder_that_can_only_be_read_is_only_read(read_only, cache):
     images = gu.load_images(str(read_only))
     encoder = gu.load_encoder("mini")
     assert len(gu.embed_images(encoder, images)) == 12
-    gu.image_to_image(encoder, images)
+    gu.training.image_to_image(encoder, images)
     assert GUARD["broken"] == []
     (read_only / "notes.txt").write_text("found out")
     assert [event for event, *_ in GUARD["broken"]] == ["open"]

@@ -15,7 +15,7 @@ import pytest
 import test_datasets as in_small
 import timm
 import yaml
-from conftest import lift
+from conftest import lift, load_module
 from PIL import Image
 
 import gpnns_utils as gu
@@ -71,7 +71,7 @@ def test_a_name_without_a_file_only_names_results_and_says_so(capsys):
 
 
 def test_run_py_runs_the_notebooks_that_a_profile_has_a_part_for():
-    runner = gu.load_module(gu.HERE / "notebooks" / "run.py")
+    runner = load_module(gu.HERE / "notebooks" / "run.py")
     assert runner.notebooks_of("gpu") == runner.notebooks_of("a name without a file") == NOTEBOOKS
     assert [path.stem for path in runner.notebooks_of("paper_mcip")] == ["07_reproduce_papers"]
 
@@ -109,7 +109,7 @@ def test_every_encoder_of_a_profile_exists_in_the_installed_libraries(name):
 
 @pytest.mark.parametrize("name", [name for name in PROFILES if name != "mini"])
 def test_every_data_set_of_a_profile_has_an_entry_and_the_split_it_asks_for(name):
-    table = gu.dataset_module().TABLE
+    table = gu.datasets.TABLE
     for notebook, values in PROFILES[name]["notebooks"].items():
         for key, usual in (("images", "test"), ("train_images", "train"), ("test_images", "test"), ("bank", "train")):
             for part in values[key].split(" + ") if key in values else []:

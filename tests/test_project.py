@@ -74,7 +74,7 @@ def test_an_installed_package_works_anywhere(tmp_path):
         ],
         check=True,
     )
-    code = "import gpnns_utils as gu; e = gu.load_encoder('mini'); print(gu.HERE); print(gu.embed_texts(e, ['a red flower']).shape); print(len(gu.load_published('mcip_table1')), gu.work_folder()); print('cub' in gu.dataset_module().TABLE)"
+    code = "import gpnns_utils as gu; e = gu.load_encoder('mini'); print(gu.HERE); print(gu.embed_texts(e, ['a red flower']).shape); print(len(gu.load_published('mcip_table1')), gu.work_folder()); print('cub' in gu.datasets.TABLE)"
     (tmp_path / "elsewhere").mkdir()
     result = subprocess.run(
         [sys.executable, "-c", code],

@@ -378,11 +378,13 @@ def test_both_ways_end_in_a_whole_model_that_open_clip_loads_strictly(name, conf
     images = gu.load_images(folder)
     texts = ["a red square", "something blue", "green"]
     rows = np.array([[2, 1, -1]] * 4 + [[0, -1, -1]] * 4 + [[-1, -1, -1]] * 4)
-    data = nb.CaptionedImages(images, gu.training_transform(encoder), rows, texts)
+    data = nb.CaptionedImages(images, gu.training.training_transform(encoder), rows, texts)
     captions = torch.from_numpy(gu.embed_texts(encoder, texts))
     torch.manual_seed(0)
-    objective = nb.CaptionObjective(encoder, gu.ArcMargin(16, 3), captions, 0.25, 30.0, 0.1)
-    gu.fit(objective, data, tmp_path / "mcip", gu.image_parameters(encoder, 1e-3), epochs=2, batch_size=6)
+    objective = nb.CaptionObjective(encoder, gu.training.ArcMargin(16, 3), captions, 0.25, 30.0, 0.1)
+    gu.training.fit(
+        objective, data, tmp_path / "mcip", gu.training.image_parameters(encoder, 1e-3), epochs=2, batch_size=6
+    )
     between = {key: value.clone() for key, value in encoder.model.state_dict().items()}
     changed = {key for key in before if not torch.equal(before[key], between[key])}
     assert changed and all(key.startswith("visual.") for key in changed), "the text tower is frozen"
@@ -390,7 +392,7 @@ def test_both_ways_end_in_a_whole_model_that_open_clip_loads_strictly(name, conf
     features = gu.embed_images(encoder, images)
     pairs = nb.CaptionPairs(features, [texts] * len(images), encoder.tokenizer)
     groups = nb.text_parameters(encoder.model, 1e-2)
-    gu.fit(nb.Realignment(encoder.model, 4), pairs, tmp_path / "realigned", groups, epochs=2, batch_size=6)
+    gu.training.fit(nb.Realignment(encoder.model, 4), pairs, tmp_path / "realigned", groups, epochs=2, batch_size=6)
     after = encoder.model.state_dict()
     changed = {key.removeprefix("text.") for key in before if not torch.equal(between[key], after[key])}
     ends = ("transformer.resblocks.1.", "ln_final.", "text_projection")
@@ -414,10 +416,10 @@ def test_what_a_caption_training_learns_from_is_part_of_its_name(folder, tmp_pat
     def train(texts, rows):
         torch.manual_seed(0)
         encoder = gu.load_encoder("random")
-        data = nb.CaptionedImages(images, gu.training_transform(encoder), rows, texts)
+        data = nb.CaptionedImages(images, gu.training.training_transform(encoder), rows, texts)
         captions = torch.from_numpy(gu.embed_texts(encoder, texts))
-        objective = nb.CaptionObjective(encoder, gu.ArcMargin(encoder.dim, 3), captions, 0.25, 30.0, 0.1)
-        gu.fit(objective, data, tmp_path / "runs", gu.image_parameters(encoder, 1e-4), batch_size=6)
+        objective = nb.CaptionObjective(encoder, gu.training.ArcMargin(encoder.dim, 3), captions, 0.25, 30.0, 0.1)
+        gu.training.fit(objective, data, tmp_path / "runs", gu.training.image_parameters(encoder, 1e-4), batch_size=6)
         return len(list((tmp_path / "runs").iterdir()))
 
     rows = np.zeros((12, 2), dtype=int)

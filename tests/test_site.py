@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 
 import nbformat
 import pytest
+from conftest import load_module
 
 import gpnns_utils as gu
 
@@ -55,7 +56,7 @@ def test_no_link_is_broken_and_every_page_is_reached_from_the_index_and_back(pag
 
 
 def test_a_link_to_what_has_no_page_leads_to_the_repository():
-    pages = gu.load_module(gu.HERE / "notebooks" / "pages.py")
+    pages = load_module(gu.HERE / "notebooks" / "pages.py")
     folder = gu.HERE / "notebooks"
     assert pages.site_link("02_benchmark_encoders.ipynb", folder) == "02_benchmark_encoders.html"
     assert pages.site_link("notebooks/02_benchmark_encoders.ipynb", gu.HERE) == "02_benchmark_encoders.html"

@@ -368,14 +368,14 @@ def test_open_clip_loads_a_soup_of_training_checkpoints(tmp_path):
     states = []
     for i in range(2):
         torch.manual_seed(i)
-        with gu.quiet_open_clip():
+        with gu.encoders.quiet_open_clip():
             model = open_clip.create_model(f"local-dir:{spec}", load_weights=False)
         states.append({key: value.clone() for key, value in model.state_dict().items()})
         wrapped = {f"module.{key}": value for key, value in states[i].items()}
         torch.save({"epoch": 1, "name": "run", "state_dict": wrapped}, tmp_path / f"epoch_{i}.pt")
     soup = nb.average([nb.open_checkpoint(tmp_path / f"epoch_{i}.pt") for i in range(2)])
     encoder = gu.load_encoder("mini")
-    gu.fill(encoder.model, soup, "soup")
+    gu.encoders.fill(encoder.model, soup, "soup")
     path = gu.save_checkpoint(encoder, tmp_path / "soup", method="uniform")
     assert json.loads(path.with_suffix(".json").read_text())["method"] == "uniform"
     model.load_state_dict(load_file(path), strict=True)

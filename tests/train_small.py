@@ -42,6 +42,9 @@ class Points(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return 96
 
+    def describe(self) -> bytes:
+        return self.centres.numpy().tobytes()
+
     def __getitem__(self, row: int) -> tuple[torch.Tensor, int]:
         self.read += 1
         if self.read == arguments.kill_at_item:
@@ -54,7 +57,7 @@ class Objective(torch.nn.Module):
         super().__init__()
         layers = [torch.nn.Linear(10, 16), torch.nn.ReLU(), torch.nn.Dropout(arguments.dropout), torch.nn.Linear(16, 8)]
         self.tower = torch.nn.Sequential(*layers)
-        self.loss = gu.ArcMargin(8, 12, 10, 0.1, sampled=arguments.sampled)
+        self.loss = gu.training.ArcMargin(8, 12, 10, 0.1, sampled=arguments.sampled)
 
     def forward(self, points, labels):
         return self.loss(self.tower(points), labels)
@@ -83,9 +86,9 @@ groups = [
     {"params": objective.tower.parameters(), "lr": 1e-2, "weight_decay": 0.01},
     {"params": objective.loss.parameters(), "lr": 3e-2},
 ]
-log = gu.fit(
+log = gu.training.fit(
     objective, dataset, arguments.folder, groups, epochs=3, batch_size=16, accumulate=2, warmup=2, save_every=2,
-    ema=arguments.ema, validate=validate, seed=7, workers=0,
+    ema=arguments.ema, validate=validate, seed=7,
 )  # fmt: skip
 if os.environ.get("RANK", "0") == "0":
     state = {key: value.contiguous() for key, value in objective.state_dict().items()}

@@ -154,10 +154,10 @@ def make_step(name: str, classes: int):
     torch.manual_seed(0)
     theirs = {"num_classes": classes, "embedding_size": DIM, "margin": 17.2, "scale": 30}
     loss = {
-        "full": lambda: gu.ArcMargin(DIM, classes, 30, 0.3),
-        "full, 3 centers": lambda: gu.ArcMargin(DIM, classes, 30, 0.3, centers=3),
-        "sampled": lambda: gu.ArcMargin(DIM, classes, 30, 0.3, sampled=SAMPLED),
-        "sampled, 3 centers": lambda: gu.ArcMargin(DIM, classes, 30, 0.3, centers=3, sampled=SAMPLED),
+        "full": lambda: gu.training.ArcMargin(DIM, classes, 30, 0.3),
+        "full, 3 centers": lambda: gu.training.ArcMargin(DIM, classes, 30, 0.3, centers=3),
+        "sampled": lambda: gu.training.ArcMargin(DIM, classes, 30, 0.3, sampled=SAMPLED),
+        "sampled, 3 centers": lambda: gu.training.ArcMargin(DIM, classes, 30, 0.3, centers=3, sampled=SAMPLED),
         "ArcFaceLoss": lambda: ArcFaceLoss(**theirs),
         "SubCenterArcFaceLoss": lambda: SubCenterArcFaceLoss(**theirs, sub_centers=3),
     }[name]()

@@ -1,0 +1,431 @@
+"""Encoders by name: how each kind is built, how checkpoints of any form are read and written, and heads.
+
+`gpnns_utils.load_encoder(spec)` calls `load`. A kind of encoder that no builder below knows yet is one more function in
+BUILDERS, which imports the library that it needs.
+
+an encoder -> loading -> builders -> checkpoints -> heads
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import parse_qsl
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save as safetensors_bytes
+
+import gpnns_utils as gu
+
+MINI = gu.DATA / "mini_clip"
+
+
+# --- an encoder ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Encoder:
+    """A model that turns images, and perhaps texts, into vectors of `dim` numbers.
+
+    preprocess: PIL image -> tensor (3, height, width). image_tower: batch of those -> (b, dim). text_tower: list of
+    strings -> (b, dim), or None. Build one yourself for any model; `embed_images` needs nothing else.
+    """
+
+    name: str
+    preprocess: Callable[[Image.Image], torch.Tensor]
+    image_tower: torch.nn.Module | Callable
+    text_tower: Callable[[list[str]], torch.Tensor] | None = None
+    device: torch.device = torch.device("cpu")
+    model: torch.nn.Module | None = None  # the whole model, both towers, when there is one
+    origin: dict = field(default_factory=dict)  # how to build it again: its name, and what `add_head` changed
+    tokenizer: Callable[[list[str]], torch.Tensor] | None = None  # strings -> int64 (b, context), for training on text
+    image_size: int = field(init=False)
+    dim: int = field(init=False)
+
+    def __post_init__(self):
+        probe = self.probe()
+        self.image_size, self.dim = probe.shape[-1], self.features(self.image_tower, probe[None]).shape[-1]
+
+    def probe(self) -> torch.Tensor:
+        """A test picture after preprocessing."""
+        pixels = np.random.default_rng(0).integers(0, 256, (61, 97, 3), dtype=np.uint8)
+        return self.preprocess(Image.fromarray(pixels))
+
+    def features(self, tower: Callable, batch) -> np.ndarray:
+        """What a tower makes of a batch, in full precision."""
+        with torch.inference_mode():
+            return tower(batch.to(self.device) if isinstance(batch, torch.Tensor) else batch).float().cpu().numpy()
+
+    def fingerprint(self, of: str = "images") -> str:
+        """A hash of what decides the embeddings of "images" or "texts": weights, layers, preprocessing, a probe's output.
+
+        It is the encoder's part of the cache key, taken anew on each use, because training changes weights in place.
+        Where a model has two towers each has its own: new text weights leave cached image embeddings valid.
+        """
+        digest = hashlib.blake2b(self.probe().numpy().tobytes() + of.encode(), digest_size=12)
+        whole = self.model if self.model is not None else self.image_tower
+        if isinstance(whole, torch.nn.Module):
+            visual = getattr(whole, "visual", None) if self.text_tower is not None else None
+            digest.update(repr(whole).encode())
+            if of == "images":
+                digest.update(weights_digest(whole if visual is None else visual))
+            else:
+                digest.update(weights_digest(whole, without="visual."))
+        if of == "images":
+            output = self.features(self.image_tower, self.probe()[None])
+        else:
+            output = self.features(self.text_tower, ["two red flowers and a blue vase, 37 of 64"])
+        output = np.nan_to_num(output, posinf=1, neginf=-1)  # coarsely rounded: last bits depend on the thread count
+        digest.update((np.round(output / max(np.abs(output).mean(), 1e-9), 1) + 0.0).tobytes())
+        return digest.hexdigest()
+
+
+def weights_digest(module: torch.nn.Module, without: str | None = None) -> bytes:
+    """A hash of all tensors of a module, with their names, except those whose name begins with `without`."""
+    digest = hashlib.blake2b(digest_size=16)
+    for key, tensor in module.state_dict().items():
+        if without is None or not key.startswith(without):
+            digest.update(key.encode() + tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.digest()
+
+
+# --- loading ---------------------------------------------------------------------------------------------------------
+
+
+def load(spec: str, device: torch.device) -> Encoder:
+    """The encoder that `spec` names, as `load_encoder` describes it, with its head where the checkpoint holds one.
+
+    Raises ValueError for an unknown name or weights that do not fit, FileNotFoundError for a missing file, OSError
+    when weights cannot be downloaded.
+    """
+    name, _, checkpoint = spec.partition("@")
+    kind, _, rest = name.partition(":")
+    if kind not in BUILDERS or bool(rest) == (kind in ALONE):
+        raise ValueError(
+            f"unknown encoder {spec!r}; use {', '.join(ALONE)}, open_clip:ARCHITECTURE/TAG, timm:NAME or gpnns:ViT-B@FILE"
+        )
+    state = load_checkpoint(checkpoint) if checkpoint else None
+    head = state.pop("embedding_head.linear.weight", None) if state else None
+    encoder = BUILDERS[kind](spec, rest or kind, state, device)
+    encoder.origin["encoder"] = name
+    before = checkpoint_settings(checkpoint).get("before_projection", False)
+    if head is not None or before:
+        encoder = add_head(encoder, None if head is None else len(head), before)
+    if head is not None:
+        fill(encoder.model.embedding_head, {"linear.weight": head}, spec)
+    encoder.name = name.partition("?")[0] + (f"@{Path(checkpoint).stem}" if checkpoint else "")
+    return encoder
+
+
+def offline_message(spec: str, error: Exception) -> str:
+    return (
+        f"could not load {spec!r}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}. Its weights are downloaded on first use: "
+        "check the network (Kaggle: Settings > Internet > On), or give a local file behind an @"
+    )
+
+
+# --- builders --------------------------------------------------------------------------------------------------------
+# build_*(spec, name, state, device): spec for messages; name: what follows the colon; state: weights of a file, or None.
+
+
+def build_pixels(spec: str, name: str, state: dict | None, device: torch.device) -> Encoder:
+    """The baseline without a model: a 16 x 16 thumbnail's colors minus their mean."""
+    from torchvision import transforms
+
+    shrink = transforms.Compose([transforms.Resize((16, 16)), transforms.ToTensor()])
+    return Encoder(spec, shrink, lambda batch: (batch - batch.mean((1, 2, 3), keepdim=True)).flatten(1), device=device)
+
+
+def build_mini(spec: str, name: str, state: dict | None, device: torch.device) -> Encoder:
+    """The small CLIP in data/mini_clip, a folder that open_clip itself can load."""
+    import open_clip
+
+    with torch.random.fork_rng(), quiet_open_clip():
+        torch.manual_seed(0)  # "random" is the same model everywhere
+        place, trained = f"local-dir:{MINI}", name == "mini" and state is None
+        model, _, preprocess = open_clip.create_model_and_transforms(place, load_weights=trained)
+        tokenizer = open_clip.get_tokenizer(place, bpe_path=str(MINI / "vocabulary.txt.gz"))
+    return clip_encoder(spec, model, preprocess, tokenizer, state, device)
+
+
+def build_open_clip(spec: str, name: str, state: dict | None, device: torch.device) -> Encoder:
+    """Any open_clip architecture, with a pretrained tag, a local file, or (neither) random weights."""
+    import open_clip
+
+    architecture, _, tag = (name, "", "") if name.startswith(("hf-hub:", "local-dir:")) else name.partition("/")
+    if ":" not in architecture:
+        if architecture not in open_clip.list_models():
+            raise ValueError(
+                f"open_clip has no architecture {architecture!r}{gu.datasets.suggest(architecture, open_clip.list_models())}"
+            )
+        tags = open_clip.list_pretrained_tags_by_model(architecture)
+        if tag and tag not in tags:
+            raise ValueError(
+                f"open_clip has no weights {tag!r} for {architecture}; it has {', '.join(tags)}. A file of your own goes behind an @"
+            )
+    known = open_clip.get_pretrained_cfg(architecture, tag) if tag else {}
+    # Where a file brings the weights, the tag only says how they want their images prepared, and their activation.
+    keys = () if state is None else ("mean", "std", "interpolation", "resize_mode")
+    settings = {f"image_{key}": known.get(key) for key in keys}
+    try:
+        with quiet_open_clip():
+            tokenizer = open_clip.get_tokenizer(architecture)
+            model, _, preprocess = open_clip.create_model_and_transforms(
+                architecture,
+                pretrained=tag if tag and state is None else None,
+                load_weights=state is None,
+                # OpenAI's weights (and some others) were trained with it; without it they score far lower, silently.
+                force_quick_gelu=known.get("quick_gelu", False),
+                **settings,
+            )
+    except ImportError as error:  # tokenizers of SigLIP and others come from there
+        raise ImportError(
+            f"{spec!r} needs one more package ({error}): pip install transformers sentencepiece"
+        ) from error
+    except (OSError, RuntimeError) as error:
+        raise OSError(offline_message(spec, error)) from error
+    return clip_encoder(spec, model, preprocess, tokenizer, state, device)
+
+
+def clip_encoder(spec, model, preprocess, tokenizer, state: dict | None, device: torch.device) -> Encoder:
+    """Wrap an open_clip model: both towers, in evaluation mode, on the device."""
+    if state is not None:
+        fill(model, state, spec)
+    model = model.to(device).eval()
+
+    def text_tower(texts: list[str]) -> torch.Tensor:
+        return model.encode_text(tokenizer(texts).to(device))
+
+    return Encoder(spec, preprocess, model.encode_image, text_tower, device, model, tokenizer=tokenizer)
+
+
+def build_timm(spec: str, name: str, state: dict | None, device: torch.device) -> Encoder:
+    """Any timm model as an image encoder: pooled features before the classifier, timm's own preprocessing."""
+    import timm
+
+    name, _, query = name.partition("?")
+    settings = {key: gu.datasets.number_or_text(value) for key, value in parse_qsl(query, strict_parsing=bool(query))}
+    known = timm.list_models(), timm.list_pretrained()
+    if name.split(".")[0] not in known[0] or ("." in name and name not in known[1]):
+        raise ValueError(f"timm has no model {name!r}{gu.datasets.suggest(name, [*known[0], *known[1]])}")
+    overlay = {key: settings.pop(key) for key in ("mean", "std", "crop_pct", "interpolation") if key in settings}
+    overlay.update({key: (overlay[key],) * 3 for key in ("mean", "std") if key in overlay})
+    settings |= {"pretrained": state is None, "num_classes": 0, "pretrained_cfg_overlay": overlay}
+    try:
+        model = timm.create_model(name, **settings)
+    except (OSError, RuntimeError) as error:
+        raise OSError(offline_message(spec, error)) from error
+    if state is not None:
+        names = model.pretrained_cfg.get("classifier") or ()  # of the layers that an encoder does without
+        classifier = tuple(f"{name}." for name in ((names,) if isinstance(names, str) else names))
+        fill(model, {key: value for key, value in state.items() if not key.startswith(classifier)}, spec)
+    model = model.to(device).eval()
+    preprocess = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+    return Encoder(spec, preprocess, model, device=device, model=model)
+
+
+def build_gpnns(spec: str, name: str, state: dict | None, device: torch.device) -> Encoder:
+    """The GP-NNS release: a CLIP image tower's class token after `ln_post`, not projected; sizes are read from the file.
+
+    Preprocessing as released: a square of int(1.125 * size), bilinear, centre crop, ImageNet mean and deviation.
+    """
+    import open_clip
+    from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    from torchvision import transforms
+
+    if state is None:
+        raise ValueError(f"{spec!r} needs a file: gpnns:ViT-B@path/to/GPNNS_ViTB.pth")
+    state = {key.removeprefix("backbone."): value for key, value in state.items()}
+    for key in ("conv1.weight", "positional_embedding", "ln_post.weight"):
+        if key not in state:
+            raise ValueError(
+                f"{spec}: not in the GP-NNS release format, 'backbone.{key}' is missing; it has {', '.join(list(state)[:3])} ..."
+            )
+    width, _, patch, _ = state["conv1.weight"].shape
+    if {"ViT-B": 768, "ViT-L": 1024}.get(name, width) != width:
+        raise ValueError(
+            f"{spec}: the file holds a model of width {width}, which is not a {name}; write gpnns:{'ViT-B' if width == 768 else 'ViT-L'}@..."
+        )
+    size = patch * round((len(state["positional_embedding"]) - 1) ** 0.5)
+    layers = len({key.split(".")[2] for key in state if key.startswith("transformer.resblocks.")})
+    heads, activation = max(1, width // 64), open_clip.transformer.QuickGELU  # CLIP's heads are 64 wide
+    tower = open_clip.transformer.VisionTransformer(size, patch, width, layers, heads, 4.0, act_layer=activation)
+    tower.proj = None
+    fill(tower, state, spec)
+    preprocess = transforms.Compose([
+        transforms.Resize((int(1.125 * size),) * 2, transforms.InterpolationMode.BILINEAR),
+        transforms.CenterCrop(size),
+        transforms.ToTensor(),
+        transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+    ])  # fmt: skip
+    tower = tower.to(device).eval()
+    return Encoder(spec, preprocess, tower, device=device, model=tower)
+
+
+BUILDERS = {
+    "mini": build_mini,
+    "random": build_mini,
+    "pixels": build_pixels,
+    "open_clip": build_open_clip,
+    "timm": build_timm,
+    "gpnns": build_gpnns,
+}
+ALONE = ("mini", "random", "pixels")  # names that nothing follows
+
+
+@contextlib.contextmanager
+def quiet_open_clip():
+    """open_clip logs a warning when no weights are loaded; here that is on purpose."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(level)
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def load_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
+    """Read a state dict: safetensors, or a pickle of tensors (never anything that could run code).
+
+    Training checkpoints are unwrapped ("state_dict", "model") and the prefixes of DistributedDataParallel (`module.`)
+    and torch.compile (`_orig_mod.`) are taken off. Raises FileNotFoundError, or ValueError when it is no state dict.
+    """
+    import timm
+
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path.absolute()}")
+    try:
+        state = timm.models.load_state_dict(str(path), use_ema=False, weights_only=True)
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"{path} is not a readable checkpoint of plain tensors ({reason}). If you trust it, convert it to safetensors first"
+        ) from error
+    if not isinstance(state, dict) or not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ValueError(f"{path} holds no state dict (a dict of tensors, perhaps under 'state_dict')")
+    return {plain_name(key): value for key, value in state.items()}
+
+
+def plain_name(key: str) -> str:
+    """A tensor's name without the prefixes of DistributedDataParallel and torch.compile."""
+    return re.sub(r"^(module\.|_orig_mod\.)+", "", key)
+
+
+def save_checkpoint(encoder: Encoder, path: str | Path, /, **about) -> Path:
+    """Write an encoder's weights as safetensors, and beside them a small JSON with what made them (`about`).
+
+    The tensors are the whole model's, as open_clip or timm names them, plus `embedding_head.*` when there is a head:
+    `load_encoder("NAME@file")` restores the encoder, and without a head `load_state_dict(strict=True)` of the plain
+    model takes the file too. An earlier file is replaced only when the new one is complete (OSError otherwise).
+    """
+    if encoder.model is None:
+        raise ValueError(f"{encoder.name} has no weights to save")
+    path = Path(path).expanduser()
+    path = path if path.suffix == ".safetensors" else path.with_name(path.name + ".safetensors")
+    about = about | {**encoder.origin, "dim": encoder.dim, "image_size": encoder.image_size}
+    save_weights(encoder.model, path, {"gpnns": json.dumps(about)})
+    about["load"] = f"load_encoder('{encoder.origin.get('encoder', encoder.name)}@{path.name}')"
+    gu.write_atomically(
+        path.with_suffix(".json"), lambda file: file.write((json.dumps(about, indent=1) + "\n").encode())
+    )
+    return path
+
+
+def checkpoint_settings(path: str | Path) -> dict:
+    """What `save_checkpoint` noted in the file itself; {} for no file and for any other file."""
+    if Path(path).suffix != ".safetensors":
+        return {}
+    with safe_open(Path(path).expanduser(), "pt") as file:
+        return json.loads((file.metadata() or {}).get("gpnns", "{}"))
+
+
+def save_weights(module: torch.nn.Module, path: Path, metadata: dict[str, str] | None = None) -> None:
+    """A module's state dict as safetensors, atomically."""
+    state = {key: value.detach().cpu().clone().contiguous() for key, value in module.state_dict().items()}
+    gu.write_atomically(path, lambda file: file.write(safetensors_bytes(state, metadata)))
+
+
+def fill(model: torch.nn.Module, state: dict[str, torch.Tensor], spec: str) -> None:
+    """Load weights strictly; a mismatch is a ValueError that names the first tensors concerned."""
+    own = model.state_dict()
+    problems = [f"{key} is missing" for key in own if key not in state]
+    problems += [f"{key} is not part of the model" for key in state if key not in own]
+    shapes = {key: (tuple(state[key].shape), tuple(own[key].shape)) for key in own if key in state}
+    problems += [f"{key} has shape {given}, not {wanted}" for key, (given, wanted) in shapes.items() if given != wanted]
+    if problems:
+        shown = "; ".join(problems[:3]) + (f" and {len(problems) - 3} more" if len(problems) > 3 else "")
+        raise ValueError(f"the weights of {spec} do not fit its architecture: {shown}")
+    model.load_state_dict(state)
+
+
+# --- heads -----------------------------------------------------------------------------------------------------------
+
+
+class EmbeddingHead(torch.nn.Module):
+    """A linear map to `dim` numbers, for small embeddings: GUIE allowed 64.
+
+    In training it is the mean over maps of several dropped-out copies of the features ("multi-sample dropout", as in
+    G-Universal-CLIP, the 4th place of GUIE).
+    """
+
+    def __init__(
+        self, width: int, dim: int, dropout: float = 0.1, samples: Sequence[float] = (0.1, 0.2, 0.3, 0.4, 0.5)
+    ):
+        super().__init__()
+        self.linear, self.dropout, self.samples = torch.nn.Linear(width, dim, bias=False), dropout, samples
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        if self.training:  # a linear map of the mean is the mean of the maps, and is computed once
+            features = F.dropout(features, self.dropout)
+            features = torch.stack([F.dropout(features, share) for share in self.samples]).mean(0)
+        return self.linear(features)
+
+
+def add_head(encoder: Encoder, dim: int | None = None, before_projection: bool = False) -> Encoder:
+    """The same model, with another image embedding: through a new linear head of size `dim`, and/or before_projection,
+    the features that CLIP would project into the space it shares with text (GP-NNS and GUIE's 2nd place use those).
+
+    The result has no text tower: its images no longer live where texts do.
+    """
+    model, tower, width = encoder.model, encoder.image_tower, encoder.dim
+    if model is None:
+        raise ValueError(f"{encoder.name} has no weights, so a head cannot be trained with it")
+    if hasattr(model, "embedding_head"):
+        raise ValueError(f"{encoder.name} already has a head; start from an encoder without one")
+    if before_projection:
+        visual = getattr(model, "visual", model)
+        if getattr(visual, "proj", None) is None:
+            raise ValueError(f"{encoder.name} has no projection to leave out; choose before_projection=False")
+        width = len(visual.proj)
+
+        def tower(batch: torch.Tensor) -> torch.Tensor:
+            projection, visual.proj = visual.proj, None  # the way open_clip itself offers
+            try:
+                return visual(batch)
+            finally:
+                visual.proj = projection
+
+    before = tower
+    if dim:
+        model.embedding_head = EmbeddingHead(width, dim).to(encoder.device).train(model.training)
+
+        def tower(batch: torch.Tensor) -> torch.Tensor:
+            return model.embedding_head(before(batch))
+
+    before_projection = before_projection or encoder.origin.get("before_projection", False)
+    origin = encoder.origin | {"before_projection": before_projection, "head": dim}
+    return Encoder(encoder.name, encoder.preprocess, tower, None, encoder.device, model, origin)

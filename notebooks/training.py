@@ -1,0 +1,611 @@
+"""Fine-tuning: the margin loss, views to train on, and one loop that a killed run goes on with.
+
+Reached as `gpnns_utils.training`, which loads it when it is first named: whoever only searches never imports it.
+
+the margin -> data -> what is trained -> the loop -> several processes -> its parts
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import socket
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+
+import accelerate
+import cloudpickle
+import matplotlib.pyplot as plt
+import numpy as np
+import open_clip
+import timm
+import torch
+import torch.nn.functional as F
+from accelerate.utils import broadcast, broadcast_object_list, gather_object, send_to_device
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.optim import param_groups_layer_decay
+from timm.scheduler import CosineLRScheduler
+from timm.utils import ModelEmaV3
+from torch.utils.data import DataLoader, Dataset, default_collate
+from torchvision import transforms
+
+import gpnns_utils as gu
+
+SHARED_WITHIN = 30.0  # seconds in which a file of one node must be seen by the others: network folders are slow
+
+# --- the margin ------------------------------------------------------------------------------------------------------
+
+
+def arc_margin(cosines: torch.Tensor, margin: torch.Tensor) -> torch.Tensor:
+    """cos(angle + margin): what remains of a cosine when `margin` (radians) is added to its angle.
+
+    Past an angle of pi - margin, where that would rise again, it goes on as cos - margin * sin(margin). Source: ArcFace
+    (1801.07698), section 3.1; the second branch is that of its public code, which GP-NNS uses.
+    """
+    sines = ((1 - cosines) * (1 + cosines)).clamp_min(1e-7).sqrt()  # the slope of a root at 0 is infinite
+    shifted = cosines * torch.cos(margin) - sines * torch.sin(margin)
+    return torch.where(cosines > -torch.cos(margin), shifted, cosines - margin * torch.sin(margin))
+
+
+class ArcMargin(torch.nn.Module):
+    """Softmax over the angles between an embedding and one proxy per class, made harder for the own class by a margin.
+
+    forward(embeddings (n, dim), labels int64 (n,)) -> the mean loss, computed in float32 whatever comes in. Source:
+    ArcFace (1801.07698); GP-NNS trains with scale 30 and margin 0.1 radians, and proxies xavier_uniform.
+
+    margin: one number, or one per class. centers: proxies per class, of which the nearest counts (sub-center ArcFace).
+    start: (classes, dim) directions to start from, such as `class_means`. sampled: compare with the classes of the
+    batch and about this many others only (Partial FC, 2010.05222); time and memory of the loss then do not depend on
+    the number of classes. AdamW still updates every proxy: about 0.7 CPU seconds a step for 100,000 classes x 512.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        classes: int,
+        scale: float = 30.0,
+        margin: float | Sequence[float] = 0.1,
+        centers: int = 1,
+        sampled: int | None = None,
+        start: np.ndarray | None = None,
+    ):
+        super().__init__()
+        if classes < 2:
+            raise ValueError(f"a margin needs at least two classes to lie between, not {classes}")
+        if np.ndim(margin) and np.shape(margin) != (classes,):
+            raise ValueError(f"margin has the shape {np.shape(margin)}; give one number, or one for each of {classes}")
+        if start is not None and np.shape(start) != (classes, dim):
+            raise ValueError(f"start has the shape {np.shape(start)}, not ({classes}, {dim})")
+        self.dim, self.classes, self.scale, self.centers, self.sampled = dim, classes, scale, centers, sampled
+        self.proxies = torch.nn.Parameter(torch.nn.init.xavier_uniform_(torch.empty(classes, centers * dim)))
+        if start is not None:
+            directions = F.normalize(torch.as_tensor(start, dtype=torch.float32)).repeat(1, centers)
+            with torch.no_grad():  # a tenth of the random start stays, so that centers differ
+                length = self.proxies.norm(dim=1).mean() / centers**0.5
+                self.proxies.mul_(0.1).add_(length * directions)
+        self.register_buffer("margin", torch.as_tensor(margin, dtype=torch.float32))
+        self.register_buffer("draws", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(embeddings.device.type, enabled=False):  # half precision would round the margin away
+            margin = self.margin[labels] if self.margin.ndim else self.margin
+            proxies = self.proxies
+            if self.sampled and self.training:
+                rows, labels = self.draw(labels)
+                proxies = proxies[rows]
+            proxies = proxies.reshape(-1, self.dim)
+            logits = F.linear(self.scale * F.normalize(embeddings.float()), proxies)
+            logits = logits / proxies.norm(dim=1).clamp_min(1e-12)  # cheaper than making every proxy a unit vector
+            if self.centers > 1:
+                logits = logits.view(len(logits), -1, self.centers).max(dim=2).values
+            own = torch.arange(len(labels), device=labels.device), labels
+            logits[own] = self.scale * arc_margin(logits[own] / self.scale, margin)
+            return F.cross_entropy(logits, labels)
+
+    def extra_repr(self) -> str:
+        return f"{self.dim}, {self.classes}, scale={self.scale}, centers={self.centers}, sampled={self.sampled}"
+
+    def draw(self, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The classes that take part in this step, the same in every process, and where `labels` stand among them."""
+        present = accelerate.utils.gather(labels) if torch.distributed.is_initialized() else labels
+        random = torch.Generator().manual_seed(int(self.draws))  # counted, so that a resumed run draws the same
+        self.draws += 1
+        others = torch.randint(self.classes, (self.sampled,), generator=random).to(labels.device)
+        rows = torch.unique(torch.cat([present, others]))
+        return rows, torch.searchsorted(rows, labels)
+
+
+def class_means(embeddings: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """The mean embedding of each class, classes in ascending order: where a proxy may start (classes, d)."""
+    _, numbers, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    sums = np.zeros((len(counts), embeddings.shape[1]), dtype=np.float64)
+    np.add.at(sums, numbers, embeddings)
+    return (sums / counts[:, None]).astype(np.float32)
+
+
+# --- data ------------------------------------------------------------------------------------------------------------
+
+
+def training_transform(encoder: gu.Encoder, flip: float = 0.5, jitter: float = 0.4) -> transforms.Compose:
+    """Random views for training, as GP-NNS makes them: a square of 1.125 times the size, of which a random crop is
+    taken, mirrored with probability `flip`, its brightness, contrast and saturation changed by up to `jitter`."""
+    size = encoder.image_size
+    square = (int(1.125 * size),) * 2
+    known = getattr(encoder.preprocess, "transforms", None)
+    if known is None:
+        raise ValueError(f"how {encoder.name} scales its pixels is not known; write a transform for its training views")
+    return transforms.Compose([
+        transforms.Resize(square, transforms.InterpolationMode.BICUBIC),
+        transforms.RandomCrop(size),
+        transforms.RandomHorizontalFlip(flip),
+        transforms.ColorJitter(jitter, jitter, jitter),
+        transforms.ToTensor(),
+        *[step for step in known if isinstance(step, transforms.Normalize)],
+    ])  # fmt: skip
+
+
+class TrainingImages(Dataset):
+    """(view, class number) by row; class numbers run from 0. Raises ValueError for a file that cannot be read."""
+
+    def __init__(self, images: gu.ImageSet, transform: Callable[[Image.Image], torch.Tensor]):
+        if images.labels is None:
+            raise ValueError(f"{images.name} {gu.datasets.NO_LABELS}")
+        self.images, self.transform = images, transform
+        self.names, self.labels = np.unique(images.labels, return_inverse=True)
+        if len(self.names) < 2:
+            raise ValueError(f"{images.name} has only one class; fine-tuning tells classes apart, so add another")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def describe(self) -> bytes:
+        """All that decides what is learned: pixels or paths, labels, and how views are made."""
+        images = self.images.images
+        content = np.asarray(images).tobytes() if isinstance(images, np.ndarray) else repr(images).encode()
+        content += b"" if self.images.crops is None else self.images.crops.tobytes()
+        return content + self.labels.tobytes() + repr(self.transform).encode()
+
+    def __getitem__(self, row: int) -> tuple[torch.Tensor, int]:
+        try:
+            image = self.images[row]
+        except Exception as error:
+            raise ValueError(
+                f"cannot read {self.images.describe(row)} ({type(error).__name__}); `embed_images` takes such files out of a set"
+            ) from error
+        return self.transform(image), int(self.labels[row])
+
+
+class Repeatable(Dataset):
+    """A dataset in which an item's randomness depends on (seed, draw, row) alone, not on workers or earlier items."""
+
+    def __init__(self, dataset: Dataset, seed: int):
+        self.dataset, self.seed = dataset, seed
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple:
+        draw, row = key
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(mix(self.seed, draw, row))
+            return row, self.dataset[row]
+
+
+def mix(*numbers: int) -> int:
+    """One seed from several numbers: their tuple's hash, which is fast and the same in every process."""
+    return hash(numbers) % 2**32
+
+
+def batches(
+    count: int, size: int, first: int, last: int, seed: int, balance: np.ndarray | None, part: int, parts: int
+) -> Iterator[list[tuple[int, int]]]:
+    """(draw, row) of every image in batches number `first` to `last`: a pure function of the seed. The draw, mostly the
+    epoch, tells views of an image apart.
+
+    balance: labels; classes are then drawn equally often, whatever their size. part, parts: one process's share.
+    """
+    weights = None
+    if balance is not None:
+        _, numbers, counts = np.unique(balance, return_inverse=True, return_counts=True)
+        weights = 1 / counts[numbers] / len(counts)
+    shuffled, order = None, np.empty(0, dtype=int)
+    for number in range(first, last):
+        epoch, place = divmod(number, count // size)
+        if epoch != shuffled:
+            random, shuffled = np.random.default_rng([seed, epoch]), epoch
+            order = random.permutation(count) if weights is None else random.choice(count, count, p=weights)
+        places = range(place * size, (place + 1) * size)[part::parts]
+        # Balanced drawing repeats images within an epoch: each time they shall look different.
+        yield [(epoch if weights is None else epoch * count + i, int(order[i])) for i in places]
+
+
+# --- what is trained -------------------------------------------------------------------------------------------------
+
+
+class ImageObjective(torch.nn.Module):
+    """What `fit` makes small: loss(embeddings of a batch of images, their class numbers)."""
+
+    def __init__(self, encoder: gu.Encoder, loss: torch.nn.Module):
+        super().__init__()
+        if encoder.model is None:
+            raise ValueError(f"{encoder.name} has no weights to train; choose mini, open_clip:... or timm:...")
+        self.encoder, self.model, self.loss = encoder, encoder.model, loss
+
+    def forward(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return self.loss(self.encoder.image_tower(images), labels)
+
+
+def image_parameters(
+    encoder: gu.Encoder, rate: float, layer_decay: float = 1.0, weight_decay: float = 0.01
+) -> list[dict]:
+    """Groups for `fit` of all that takes part in embedding an image; the text tower is not among them and stays as it is.
+
+    layer_decay: each block learns this many times as fast as the one after it (timm's rule; patch and position
+    embeddings count as the lowest). Biases and norms do not decay. A head of `add_head` is not among them: it is new,
+    and learns at a rate of its own.
+    """
+    tower = getattr(encoder.model, "visual", encoder.model)
+    skipped = ("embedding_head", "proj") if encoder.origin.get("before_projection") else ("embedding_head",)
+    trunk = getattr(tower, "trunk", tower)  # open_clip keeps timm's models in `trunk`
+    order = {}
+    if hasattr(trunk, "transformer"):  # open_clip's own ViT
+        stem = r"(?:conv1|class_embedding|positional_embedding|ln_pre)"
+        order = {"stem": stem, "blocks": r"transformer\.resblocks\.(\d+)"}
+    matcher = getattr(trunk, "group_matcher", None)
+    if layer_decay != 1 and not (matcher or order):
+        raise ValueError(f"the order of the layers of {encoder.name} is not known; choose layer_decay=1")
+    parameters = [(key, value) for key, value in tower.named_parameters() if not key.startswith(skipped)]
+    taking_part = [(key.removeprefix("trunk."), value) for key, value in parameters]
+    for _, value in taking_part:
+        value.requires_grad_()  # an earlier stage may have frozen it
+    layers = SimpleNamespace(group_matcher=matcher or (lambda coarse: order), named_parameters=lambda: taking_part)
+    groups = param_groups_layer_decay(layers, weight_decay, layer_decay=layer_decay)
+    return [{"weight_decay": weight_decay} | group | {"lr": rate} for group in groups]
+
+
+def drop_patches(encoder: gu.Encoder, share: float) -> bool:
+    """Let a ViT see only a random part of the patches while it trains (FLIP, 2212.00794): faster by about as much.
+
+    False where the model has no patches; nothing is changed then.
+    """
+    tower = getattr(encoder.model, "visual", encoder.model)
+    tower = getattr(tower, "trunk", tower)
+    own, layer = "patch_dropout", open_clip.transformer.PatchDropout(share)  # open_clip's ViT
+    if not hasattr(tower, own):  # timm's; some of its models (EVA) have a patch_drop of another kind
+        own, layer = "patch_drop", timm.layers.PatchDropout(share, getattr(tower, "num_prefix_tokens", 1))
+    if not isinstance(getattr(tower, own, None), (torch.nn.Identity, type(layer))):
+        return False
+    setattr(tower, own, layer.train(tower.training) if share else torch.nn.Identity())
+    return True
+
+
+def image_to_image(encoder: gu.Encoder, images: gu.ImageSet) -> gu.Score:
+    """mAP of finding an image's class among all other images; classes with one image have nothing to find."""
+    if encoder.model is not None:
+        encoder.model.eval()
+    embeddings = gu.embed_images(encoder, images, cache=False)
+    relevant = gu.same_label(images.labels, images.labels)
+    own = np.arange(len(images))[:, None]
+    return gu.mean_average_precision(gu.rank_relevant(embeddings, embeddings, relevant, leave_out=own))
+
+
+# --- the loop --------------------------------------------------------------------------------------------------------
+
+
+def fit(
+    objective: torch.nn.Module,
+    dataset: Dataset,
+    folder: str | Path,
+    groups: list[dict],
+    epochs: float = 1,
+    batch_size: int = 128,
+    accumulate: int = 1,
+    warmup: int = 0,
+    lr_min: float = 0.0,
+    clip: float = 1.0,
+    balance: np.ndarray | None = None,
+    ema: float | None = None,
+    validate: Callable[[], float] | None = None,
+    validate_every: int | None = None,
+    save_every: int = 500,
+    seed: int = 0,
+    draw: bool = False,
+) -> list[dict]:
+    """Train: AdamW, rates on a cosine per step, on one device or several, resumable at any step.
+
+    objective(*batch) is the mean loss of a batch, as the default collation of `dataset`'s items makes it. dataset:
+    items by row, and `describe()`, bytes that change when they do. groups: what is trained, as {"params", "lr",
+    "weight_decay"}; everything else is frozen and, where a whole module is, in evaluation mode: train in stages by
+    calling `fit` once per stage. batch_size: images per batch over all processes; `accumulate` batches make a step.
+    warmup: steps in which the rates rise from 0. lr_min: the rate that the cosine ends at. clip: the largest gradient
+    norm of each child of the objective. balance: labels by row, to draw classes equally often. ema: decay of an
+    average of the weights, which is then validated and kept. validate() -> per cent, higher is better: called every
+    `validate_every` steps (default: each epoch), on classes that are not trained on; the best weights are kept,
+    without it the last. draw: show the curves while they grow.
+
+    Files go to `folder`/<a hash of settings, first weights, images and loss>: checkpoints, `log.jsonl`, best weights.
+    The same call with the same first weights (seed torch before you build the proxies, build everything anew) goes on
+    where a killed one stopped, with the same bits on a CPU, and is done at once when it was done.
+
+    Returns the log, also written as JSON lines: step, epoch, loss, rate, gradient, images_per_second, validation.
+    Raises ValueError for settings that cannot work, FloatingPointError when the loss is not finite, OSError when a
+    checkpoint cannot be written or nodes do not share `folder`; earlier checkpoints stay.
+    """
+    accelerator = start_accelerator(next(objective.parameters()).device, accumulate)
+    process, processes, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
+    per_epoch = len(dataset) // batch_size / accumulate
+    if per_epoch < 1 or batch_size % processes:
+        raise ValueError(
+            f"{len(dataset)} images do not fill one step of {accumulate} x {batch_size}, shared by {processes} processes; "
+            "choose a smaller batch_size that is a multiple of the processes"
+        )
+    steps = max(1, round(epochs * per_epoch))
+    validate_every, log_every = validate_every or round(per_epoch), max(1, steps // 100)
+    groups = freeze_the_rest(objective.to(accelerator.device), groups)
+    for value in objective.state_dict().values():
+        value.copy_(broadcast(value))  # processes may have drawn other first weights
+    repeatable = Repeatable(dataset, seed)
+    settings = [steps, batch_size, accumulate, warmup, lr_min, clip, ema, seed, validate_every]
+    settings += [accelerator.mixed_precision, None if balance is None else np.asarray(balance).tolist()]
+    folder = Path(folder) / training_key(objective, repeatable, groups, settings)
+    check_shared(accelerator, folder)
+
+    optimizer = torch.optim.AdamW(groups)
+    schedule = CosineLRScheduler(optimizer, steps, lr_min=lr_min, warmup_t=warmup, t_in_epochs=False)
+    average = ModelEmaV3(objective, decay=ema) if ema else None
+    wrapped, optimizer = accelerator.prepare(objective, optimizer)
+    accelerator.register_for_checkpointing(*filter(None, [average]))
+    step, log = resume(accelerator, folder)
+    best = max((row["validation"] for row in log if "validation" in row), default=-np.inf)
+
+    first, last = step * accumulate, steps * accumulate
+    share = batches(len(dataset), batch_size, first, last, seed, balance, process, processes)
+    workers = gu.decoders(dataset.images) if isinstance(dataset, TrainingImages) else 0
+    loader = DataLoader(repeatable, batch_sampler=share, num_workers=workers)
+    progress = gu.Progress(steps * batch_size * accumulate, "training", done=first * batch_size)
+    picture, losses, started = None, [], time.time()
+    set_training(objective)
+    for number, (rows, batch) in enumerate(loader, first):
+        schedule.step_update(step)
+        torch.manual_seed(mix(seed, number, process))  # a resumed run drops out the same
+        with accelerator.accumulate(wrapped):
+            loss = wrapped(*send_to_device(batch, accelerator.device))
+            losses.append(finite(accelerator, loss, "loss", step, rows, folder))
+            accelerator.backward(loss)
+        if not accelerator.sync_gradients:
+            continue
+        gradient = clip_gradients(accelerator, objective, clip)
+        if accelerator.mixed_precision != "fp16":  # its scaler skips a step whose gradient overflows
+            finite(accelerator, gradient, "gradient", step, rows, folder)
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+        if average:
+            average.update(objective)
+        checking = validate and (step % validate_every == 0 or step == steps)
+        if checking or step % log_every == 0 or step == steps:
+            row = {"step": step, "epoch": step / per_epoch, "loss": float(np.mean(losses))}
+            row["gradient"] = gradient.item() if torch.isfinite(gradient) else None
+            row["rate"] = max(group["lr"] for group in optimizer.param_groups)
+            row["images_per_second"] = len(losses) * batch_size / (time.time() - started)
+            if checking:
+                row["validation"] = validated(accelerator, objective, average, validate)
+                if row["validation"] > best and main:
+                    gu.encoders.save_weights(average.module if average else objective, folder / "best.safetensors")
+                best = max(best, row["validation"])
+            log.append(row)
+            losses, started = [], time.time()
+            if main:
+                lines = "".join(json.dumps(row) + "\n" for row in log).encode()
+                gu.write_atomically(folder / "log.jsonl", lambda file, lines=lines: file.write(lines))
+                picture = draw_training(log, picture) if draw and (checking or step == steps) else picture
+        if main:
+            progress.update(step * batch_size * accumulate)
+        if step % save_every == 0 or step == steps:
+            save_state(accelerator, folder, step)
+    accelerator.wait_for_everyone()
+    accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+    accelerator.free_memory()
+    if validate:
+        gu.encoders.fill(objective, load_file(folder / "best.safetensors"), str(folder))
+    elif average:
+        gu.encoders.fill(objective, average.module.state_dict(), str(folder))
+    objective.eval()
+    return log
+
+
+# --- several processes -----------------------------------------------------------------------------------------------
+
+
+def fit_in_processes(
+    processes: int, objective: torch.nn.Module, dataset: Dataset, folder: str | Path, groups: list[dict], **settings
+) -> list[dict]:
+    """`fit` on several GPUs from within a notebook, each process on one; 0 for all GPUs there are.
+
+    The processes are started anew, so it does no harm that the notebook has used a GPU already; objective, dataset and
+    what `validate` reaches are copied to them. Afterwards `fit` finds their training done and loads its weights here.
+    """
+    processes = processes or max(1, torch.cuda.device_count())
+    if processes > 1:
+        groups = [{**group, "params": list(group["params"])} for group in groups]
+        work = cloudpickle.dumps((objective, dataset, Path(folder).absolute(), groups, settings | {"draw": False}))
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        torch.multiprocessing.spawn(fit_in_process, (processes, port, work), processes)
+    return fit(objective, dataset, folder, groups, **settings)
+
+
+def fit_in_process(rank: int, processes: int, port: int, work: bytes) -> None:
+    """One of the processes of `fit_in_processes`; accelerate finds the others by these variables."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    objective, dataset, folder, groups, settings = cloudpickle.loads(work)
+    fit(objective, dataset, folder, groups, **settings)
+    torch.distributed.destroy_process_group()
+
+
+def start_accelerator(device: torch.device, accumulate: int) -> accelerate.Accelerator:
+    """accelerate for this process: the objective's kind of device, in the precision that it gains from."""
+    precision = {torch.float16: "fp16", torch.bfloat16: "bf16", None: "no"}[gu.best_precision(device)]
+    patience = accelerate.InitProcessGroupKwargs(timeout=timedelta(hours=12))  # others wait while one validates
+    return accelerate.Accelerator(
+        cpu=device.type == "cpu",
+        mixed_precision=precision,
+        gradient_accumulation_steps=accumulate,
+        kwargs_handlers=[patience],
+    )
+
+
+def check_shared(accelerator: accelerate.Accelerator, folder: Path) -> None:
+    """OSError in every process, before the first step, unless all of them see the first one's files in `folder`.
+
+    Each node reads its checkpoints and the best weights there; without a shared folder that fails hours later.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if accelerator.num_processes == 1:
+        return
+    token, note = broadcast_object_list([uuid.uuid4().hex])[0], folder / "shared"
+    if accelerator.is_main_process:
+        note.write_text(token)
+    until, sees = time.time() + SHARED_WITHIN, False
+    while not sees and time.time() < until:
+        sees = note.exists() and note.read_text() == token
+        time.sleep(0 if sees else 0.2)
+    blind = [rank for rank, there in enumerate(gather_object([sees])) if not there]
+    if blind:
+        raise OSError(
+            f"processes {blind} do not see what process 0 writes to {folder}: choose a folder that all nodes share, such "
+            "as one on a network disk, under the same path on each"
+        )
+
+
+# --- its parts -------------------------------------------------------------------------------------------------------
+
+
+def freeze_the_rest(objective: torch.nn.Module, groups: list[dict]) -> list[dict]:
+    """Leave to train what `groups` hold, and nothing else; the groups as AdamW takes them, parameters listed."""
+    groups = [{**group, "params": list(group["params"])} for group in groups]
+    chosen = {id(value) for group in groups for value in group["params"]}
+    if not chosen:
+        raise ValueError("no group holds a parameter, so there is nothing to train")
+    for value in objective.parameters():
+        value.requires_grad_(id(value) in chosen)
+    return groups
+
+
+def training_key(objective: torch.nn.Module, dataset: Repeatable, groups: list, settings: list) -> str:
+    """A hash that tells one training from another: settings, first weights, images, labels, and a first loss."""
+    names = {id(value): name for name, value in objective.named_parameters()}
+    about = [group | {"params": [names.get(id(value)) for value in group["params"]]} for group in groups]
+    plain = (bool, int, float, str, tuple, type(None))  # settings that a module keeps to itself, such as dropout rates
+    modules = [{k: v for k, v in vars(m).items() if isinstance(v, plain)} for m in objective.eval().modules()]
+    digest = hashlib.blake2b(repr([settings, about, modules, repr(objective)]).encode(), digest_size=6)
+    digest.update(gu.encoders.weights_digest(objective) + dataset.dataset.describe())
+    count = len(dataset.dataset)  # some items and their loss tell changes of code, which nothing above would show
+    rows = np.linspace(0, count - 1, min(count, 8)).astype(int)
+    _, batch = default_collate([dataset[0, int(row)] for row in rows])
+    for part in batch:
+        digest.update(part.numpy().tobytes() if isinstance(part, torch.Tensor) else repr(part).encode())
+    with torch.no_grad():
+        device = next(objective.parameters()).device
+        digest.update(f"{objective(*send_to_device(batch, device)).item():.3g}".encode())
+    return digest.hexdigest()
+
+
+def resume(accelerator: accelerate.Accelerator, folder: Path) -> tuple[int, list[dict]]:
+    """Load the last checkpoint in `folder`, if there is one: the steps that were taken, and the log of those."""
+    found = sorted(folder.glob("step_*"))
+    if not found:
+        return 0, []
+    accelerator.load_state(str(found[-1]))
+    step = int(found[-1].name.removeprefix("step_"))
+    lines = (folder / "log.jsonl").read_text().splitlines()
+    return step, [row for row in map(json.loads, lines) if row["step"] <= step]
+
+
+def set_training(objective: torch.nn.Module) -> None:
+    """Training mode, except for modules that are frozen as a whole."""
+    objective.train()
+    for module in objective.modules():
+        if (values := list(module.parameters())) and not any(value.requires_grad for value in values):
+            module.eval()
+
+
+def finite(accelerator, value: torch.Tensor, what: str, step: int, rows: torch.Tensor, folder: Path) -> float:
+    """The mean over processes of a value that must be finite, or FloatingPointError in all of them."""
+    values = accelerator.gather(value.detach().reshape(1)).tolist()
+    if not np.isfinite(values).all():
+        good = sorted(folder.glob("step_*"))
+        raise FloatingPointError(
+            f"the {what} became {values} at step {step + 1}, with the batch of rows {gather_object(rows.tolist())}. Look at those images, or lower the rates. "
+            + (f"The last good checkpoint is {good[-1]}" if good else "No checkpoint had been written yet")
+        )
+    return float(np.mean(values))
+
+
+def clip_gradients(accelerator, objective: torch.nn.Module, clip: float) -> torch.Tensor:
+    """Scale the gradient of each child of the objective down to the norm `clip`; the largest norm there was.
+
+    The encoder and the proxies apart, as GP-NNS does, but after the scale of half precision is taken off.
+    """
+    accelerator.unscale_gradients()
+    parts = [list(child.parameters()) for child in objective.children()] + [list(objective.parameters(recurse=False))]
+    return torch.stack([torch.nn.utils.clip_grad_norm_(part, clip) for part in parts if part]).max()
+
+
+def validated(accelerator, objective, average: ModelEmaV3 | None, validate: Callable[[], float]) -> float:
+    """validate() of the averaged weights if there are any; computed by the first process, known to all."""
+    objective.eval()
+    own = {key: value.clone() for key, value in objective.state_dict().items()} if average else None
+    if average:
+        objective.load_state_dict(average.module.state_dict())
+    value = broadcast_object_list([validate() if accelerator.is_main_process else None])[0]
+    if average:
+        objective.load_state_dict(own)
+    set_training(objective)
+    if not np.isfinite(value):
+        raise ValueError("validation gave no score; at least two classes with two images each are needed to measure on")
+    return float(value)
+
+
+def save_state(accelerator, folder: Path, step: int) -> None:
+    """A checkpoint of everything, there as a whole or not at all; then the one before it is removed."""
+    partial, final = folder / "partial", folder / f"step_{step:08d}"
+    try:
+        if accelerator.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
+        accelerator.wait_for_everyone()
+        accelerator.save_state(str(partial))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            partial.rename(final)
+            for old in sorted(folder.glob("step_*"))[:-1]:
+                shutil.rmtree(old)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save and safetensors have errors of their own
+        if isinstance(error, RuntimeError) and "writ" not in str(error):
+            raise  # not the disk's fault
+        shutil.rmtree(partial, ignore_errors=True)
+        good = sorted(folder.glob("step_*"))
+        raise gu.disk_error(final, error, f"{good[-1]} is intact" if good else "there is no earlier one") from error
+    accelerator.wait_for_everyone()
+
+
+def draw_training(log: list[dict], handle=None):
+    """The log as curves by epoch, drawn over the picture of `handle`; returns the handle (None outside a notebook)."""
+    if not gu.in_notebook():
+        return None
+    titles = {"loss": "loss", "validation": "validation mAP (%)", "rate": "rate"}
+    titles["images_per_second"] = "images per second"
+    shown = {key: rows for key in titles if (rows := [row for row in log if key in row])}
+    figure, axes = plt.subplots(1, len(shown), figsize=(2.1 * len(shown), 1.8), squeeze=False)
+    for axis, (key, rows) in zip(axes[0], shown.items(), strict=True):
+        axis.plot([row["epoch"] for row in rows], [row[key] for row in rows], "o-" if key == "validation" else "-")
+        axis.set_title(titles[key], fontsize=9)
+        axis.tick_params(labelsize=8)
+        axis.set(xlabel="epochs", ylim=(0, None) if key == "images_per_second" else None)
+    plt.close(figure)
+    return gu.display_over(handle, figure)
