@@ -10,6 +10,7 @@ that only some readers need are imported where they are used.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import html
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from IPython.display import HTML
     from IPython.display import Image as Picture
 
+Array = np.ndarray
 HERE = Path(__file__).resolve().parent
 CHECKOUT = (HERE / "data" / "mini_world.py").exists()  # otherwise: installed by pip, the data lie beside this file
 DATA = HERE / "data" if CHECKOUT else HERE / "gpnns_data"
@@ -91,19 +93,13 @@ def setup(profile: str = "mini", seed: int = 0) -> Run:
     matplotlib.rcParams.update(STYLE)
     np.random.seed(seed)
     torch.manual_seed(seed)
-    if "google.colab" in sys.modules:
-        where = "Colab"
-    elif "KAGGLE_KERNEL_RUN_TYPE" in os.environ:
-        where = "Kaggle"
-    else:
-        where = "local"
+    hosted = {"Colab": "google.colab" in sys.modules, "Kaggle": "KAGGLE_KERNEL_RUN_TYPE" in os.environ}
+    where = next((name for name, there in hosted.items() if there), "local")
     run = Run(profile, seed, where, best_device(), work_folder() / "runs" / profile, time.time())
     run.folder.mkdir(parents=True, exist_ok=True)
-    precision = best_precision(run.device) or torch.float32
+    computes = f"{run.device}, {best_precision(run.device) or torch.float32} | {os.cpu_count()} cores"
     print(f"gpnns | profile {profile} | seed {seed} | {where}")
-    print(
-        f"python {platform.python_version()} | torch {torch.__version__} | {run.device}, {precision} | {os.cpu_count()} cores"
-    )
+    print(f"python {platform.python_version()} | torch {torch.__version__} | {computes}")
     switch = {"Kaggle": "Settings > Accelerator > GPU T4 x2", "Colab": "Runtime > Change runtime type > T4 GPU"}
     if where in switch and not torch.cuda.is_available():
         print(f"no GPU is switched on; for real encoders it saves hours: {switch[where]}")
@@ -291,7 +287,7 @@ SHARD = 1024  # images per cache file: what a killed run can lose
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # errors of a machine short of file handles or memory
 
 
-def embed_images(encoder: Encoder, images: ImageSet, batch_size: int = 128, cache: bool = True) -> np.ndarray:
+def embed_images(encoder: Encoder, images: ImageSet, batch_size: int = 128, cache: bool = True) -> Array:
     """Embed a set of images: float32 (n, d), unit rows; row i belongs to image i.
 
     Files are decoded in worker processes. Finished shards are kept in the cache folder under a key made of the
@@ -328,7 +324,7 @@ def embed_images(encoder: Encoder, images: ImageSet, batch_size: int = 128, cach
     return embeddings
 
 
-def embed_texts(encoder: Encoder, texts: Sequence[str], batch_size: int = 256, cache: bool = True) -> np.ndarray:
+def embed_texts(encoder: Encoder, texts: Sequence[str], batch_size: int = 256, cache: bool = True) -> Array:
     """Embed texts into the encoder's joint space: float32 (n, d), unit rows; cached like images.
 
     Raises ValueError for an encoder without a text tower.
@@ -358,7 +354,7 @@ def decoders(images: ImageSet) -> int:
     return 0 if isinstance(images.images, np.ndarray) or len(images) < 64 else min(8, os.cpu_count() or 1)
 
 
-def run_tower(encoder: Encoder, tower: Callable, batch) -> np.ndarray:
+def run_tower(encoder: Encoder, tower: Callable, batch) -> Array:
     """One batch through a tower: float32 unit rows, in the precision the device gains from."""
     precision = best_precision(encoder.device)
     with torch.inference_mode(), torch.autocast(encoder.device.type, precision, enabled=precision is not None):
@@ -368,7 +364,7 @@ def run_tower(encoder: Encoder, tower: Callable, batch) -> np.ndarray:
 
 def embed_in_shards(
     encoder: Encoder, digests: list[bytes], batch_size: int, compute: Callable, label: str, unit: str
-) -> np.ndarray:
+) -> Array:
     """Read the shards that the cache holds, compute and save the others; `compute` yields one array per batch of rows."""
     precision = str(best_precision(encoder.device) or torch.float32).removeprefix("torch.")
     folder = cache_folder() / "embeddings" / f"{encoder.fingerprint(unit)}-{precision}-{unit}"
@@ -392,16 +388,14 @@ def embed_in_shards(
     return np.concatenate(shards)
 
 
-def read_shard(path: Path, dim: int) -> np.ndarray | None:
+def read_shard(path: Path, dim: int) -> Array | None:
     """A cached shard, or None when there is none; a damaged file is named and computed again."""
     if not path.exists():
         return None
-    try:
+    with contextlib.suppress(ValueError, OSError, EOFError):
         shard = np.load(path, allow_pickle=False)
         if shard.ndim == 2 and shard.shape[1] == dim:
             return shard
-    except (ValueError, OSError, EOFError):
-        pass
     warnings.warn(f"{path} is damaged and is computed again", stacklevel=2)
     return None
 
@@ -430,14 +424,14 @@ METRICS = ("cosine", "inner", "l2", "hamming")
 vecdot = getattr(np, "vecdot", None) or (lambda a, b: np.einsum("nd,nd->n", a, b))
 
 
-def unit_rows(vectors: np.ndarray, what: str = "the vectors") -> np.ndarray:
+def unit_rows(vectors: Array, what: str = "the vectors") -> Array:
     """Rows divided by their length, float32. Raises ValueError for NaN, infinite or zero rows and names the first."""
     return checked(vectors, what)
 
 
 def checked(
-    vectors: np.ndarray, what: str = "the vectors", metric: str = "cosine", dim: int = 0, rows: slice = slice(None)
-) -> np.ndarray:
+    vectors: Array, what: str = "the vectors", metric: str = "cosine", dim: int = 0, rows: slice = slice(None)
+) -> Array:
     """`rows` of some vectors as search takes them: contiguous float32 (n, d), made unit rows for the metric cosine.
 
     The one place that checks vectors. They may be of any number type, tensors on any device, lists, or on disk.
@@ -468,7 +462,7 @@ def checked(
     return part / np.sqrt(squares)[:, None]
 
 
-def checked_bias(bias: np.ndarray, size: int) -> np.ndarray:
+def checked_bias(bias: Array, size: int) -> Array:
     """A bias as float32 (size,), or a ValueError."""
     bias = np.asarray(bias, dtype=np.float32)
     if bias.shape != (size,) or not np.isfinite(bias).all():
@@ -483,14 +477,14 @@ def check_k(k: int, available: int, what: str) -> None:
 
 
 def search(
-    queries: np.ndarray,
-    gallery: np.ndarray,
+    queries: Array,
+    gallery: Array,
     k: int = 10,
     metric: str = "cosine",
-    own: np.ndarray | None = None,
+    own: Array | None = None,
     index: faiss.Index | None = None,
-    bias: np.ndarray | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
+    bias: Array | None = None,
+) -> tuple[Array, Array]:
     """The k nearest gallery rows of each query: (scores, rows), both (n, k), nearest first. Exact unless `index` is given.
 
     metric: "cosine" (a similarity: larger is nearer), "inner" (the product of the vectors as they are), "l2" (Euclidean
@@ -511,10 +505,8 @@ def search(
     queries = checked(queries, "queries", metric, np.shape(gallery)[1])
     check_k(k, len(gallery) - (own is not None), "gallery images")
     if bias is not None and (index is not None or metric not in ("cosine", "inner")):
-        raise ValueError(
-            "a bias belongs to exact search with the metrics cosine and inner; for an index, build the index from "
-            "with_bias(gallery, bias) and search it with with_bias(queries), metric='inner'"
-        )
+        index_of = "build the index from with_bias(gallery, bias) and ask it with_bias(queries), metric='inner'"
+        raise ValueError(f"a bias belongs to exact search with the metrics cosine and inner; else {index_of}")
     reach = k + (own is not None)
     if index is None:
         scores, rows = exact_search(queries, gallery, reach, metric, bias, "the gallery")
@@ -546,8 +538,8 @@ def measure_of(metric: str) -> int:
 
 
 def exact_search(
-    queries: np.ndarray, gallery: np.ndarray, k: int, metric: str, bias: np.ndarray | None, what: str
-) -> tuple[np.ndarray, np.ndarray]:
+    queries: Array, gallery: Array, k: int, metric: str, bias: Array | None, what: str
+) -> tuple[Array, Array]:
     """The k nearest of all rows, for queries that are checked already; faiss computes, one tile of the gallery at a time."""
     import faiss
 
@@ -571,9 +563,7 @@ def exact_search(
     return (np.sqrt(np.maximum(scores, 0)) if metric == "l2" else scores), rows
 
 
-def hub_bias(
-    gallery: np.ndarray, references: np.ndarray, k: int = 128, alpha: float = 0.75, metric: str = "cosine"
-) -> np.ndarray:
+def hub_bias(gallery: Array, references: Array, k: int = 128, alpha: float = 0.75, metric: str = "cosine") -> Array:
     """Nearest Neighbor Normalization: how much too near each gallery row is to queries in general, float32 (n,).
 
     The bias is alpha times the mean of the k largest scores of a gallery row with reference queries; subtracted from
@@ -588,9 +578,7 @@ def hub_bias(
     return np.float32(alpha) * reference_means(gallery, references, [k], metric)[0]
 
 
-def reference_means(
-    gallery: np.ndarray, references: np.ndarray, ks: Sequence[int], metric: str = "cosine"
-) -> np.ndarray:
+def reference_means(gallery: Array, references: Array, ks: Sequence[int], metric: str = "cosine") -> Array:
     """The mean of each gallery row's k largest scores with the references, for several k in one pass: (len(ks), n).
 
     Exact; both sides are read in tiles, so that memory grows with neither. `alpha * reference_means(..., [k])[0]` is
@@ -611,7 +599,7 @@ def reference_means(
     return means
 
 
-def with_bias(vectors: np.ndarray, bias: np.ndarray | None = None, metric: str = "cosine") -> np.ndarray:
+def with_bias(vectors: Array, bias: Array | None = None, metric: str = "cosine") -> Array:
     """Vectors with one more dimension, in which an inner product subtracts the bias: float32 (n, d + 1).
 
     with_bias(gallery, bias) goes into the index, with_bias(queries) asks it: the extra number of a query is -1. Any
@@ -622,7 +610,7 @@ def with_bias(vectors: np.ndarray, bias: np.ndarray | None = None, metric: str =
     return np.concatenate([vectors, extra[:, None]], axis=1)
 
 
-def build_index(gallery: np.ndarray, kind: str = "hnsw", metric: str = "cosine") -> faiss.Index:
+def build_index(gallery: Array, kind: str = "hnsw", metric: str = "cosine") -> faiss.Index:
     """A faiss index: "flat" (exact), or approximate: "hnsw" (a graph), "ivf" (cells, a tenth of which are visited).
 
     Binary codes are so cheap to compare that with the metric "hamming" every kind is exact.
@@ -647,12 +635,12 @@ def build_index(gallery: np.ndarray, kind: str = "hnsw", metric: str = "cosine")
     return index
 
 
-def binary_codes(vectors: np.ndarray) -> np.ndarray:
+def binary_codes(vectors: Array) -> Array:
     """One bit per dimension, its sign: uint8 (n, ceil(d / 8))."""
     return np.packbits(vectors > 0, axis=1)
 
 
-def neighbour_recall(found: np.ndarray, exact: np.ndarray) -> float:
+def neighbour_recall(found: Array, exact: Array) -> float:
     """The share of the exact neighbours (n, k) that another search found."""
     return float(np.mean([len(np.intersect1d(a, b)) / len(b) for a, b in zip(found, exact, strict=True)]))
 
@@ -664,13 +652,13 @@ def neighbour_recall(found: np.ndarray, exact: np.ndarray) -> float:
 class Score:
     """One value from 0 to 1 per query; the score is their mean. NaN: the query had nothing to find and does not count."""
 
-    per_query: np.ndarray
+    per_query: Array
 
     @property
     def mean(self) -> float:
         return float(np.nanmean(self.per_query)) if np.isfinite(self.per_query).any() else float("nan")
 
-    def interval(self, clusters: np.ndarray | None = None, resamples: int = 1000, seed: int = 0) -> tuple[float, float]:
+    def interval(self, clusters: Array | None = None, resamples: int = 1000, seed: int = 0) -> tuple[float, float]:
         """A bootstrap 95 % interval of the mean, resampling queries, or whole clusters of them.
 
         The images of a class succeed and fail together: pass their labels as `clusters`, or the interval is too narrow.
@@ -689,12 +677,12 @@ class Score:
         )  # fmt: skip
         return tuple(map(float, found.confidence_interval))
 
-    def where(self, mask: np.ndarray) -> Score:
+    def where(self, mask: Array) -> Score:
         """The same score over a part of the queries."""
         return Score(self.per_query[mask])
 
 
-def same_label(query_labels: np.ndarray, gallery_labels: np.ndarray) -> list[np.ndarray]:
+def same_label(query_labels: Array, gallery_labels: Array) -> list[Array]:
     """For each query, the gallery rows that carry its label."""
     order = np.argsort(gallery_labels, kind="stable")
     ordered = np.asarray(gallery_labels)[order]
@@ -703,13 +691,13 @@ def same_label(query_labels: np.ndarray, gallery_labels: np.ndarray) -> list[np.
 
 
 def rank_relevant(
-    queries: np.ndarray,
-    gallery: np.ndarray,
+    queries: Array,
+    gallery: Array,
     relevant: Sequence,
     leave_out: Sequence | None = None,
     ties: str = "group",
-    bias: np.ndarray | None = None,
-) -> np.ndarray:
+    bias: Array | None = None,
+) -> Array:
     """The rank of every relevant gallery row in each query's full ranking: float64 (n, r), ascending, padded with inf.
 
     Every score below is a function of these ranks. No list is ever sorted: the rank of a row is the number of rows
@@ -730,7 +718,7 @@ def rank_relevant(
     workers = os.cpu_count() or 1
     block = max(1, min(256, 2**23 // (workers * len(gallery))))  # at most 32 MB of scores at a time
 
-    def rank_block(start: int) -> list[np.ndarray]:
+    def rank_block(start: int) -> list[Array]:
         scores = queries[start : start + block] @ gallery.T
         scores -= bias
         found = []
@@ -751,7 +739,7 @@ def rank_relevant(
     return ranks
 
 
-def count_ranks(row: np.ndarray, wanted: np.ndarray, ties: str) -> np.ndarray:
+def count_ranks(row: Array, wanted: Array, ties: str) -> Array:
     """Ranks of the scores `wanted` among all scores of `row`, ascending; both come from one matrix product."""
     if len(wanted) == 0:
         return wanted
@@ -762,7 +750,7 @@ def count_ranks(row: np.ndarray, wanted: np.ndarray, ties: str) -> np.ndarray:
     return counts - count_above(wanted, wanted, strict=ties == "optimistic") + np.arange(1, len(wanted) + 1)
 
 
-def count_above(row: np.ndarray, wanted: np.ndarray, strict: bool) -> np.ndarray:
+def count_above(row: Array, wanted: Array, strict: bool) -> Array:
     """How many scores of `row` are at least (strict: above) each of `wanted`, which descends."""
     rivals = row.compress(row >= wanted[-1])  # only scores from the lowest wanted one up matter, mostly they are few
     if len(rivals) * 12 < len(row) or len(wanted) > 16:
@@ -772,7 +760,7 @@ def count_above(row: np.ndarray, wanted: np.ndarray, strict: bool) -> np.ndarray
     return np.array([np.count_nonzero(above(rivals, score)) for score in wanted])
 
 
-def mean_average_precision(ranks: np.ndarray, k: int | None = None, denominator: str = "relevant") -> Score:
+def mean_average_precision(ranks: Array, k: int | None = None, denominator: str = "relevant") -> Score:
     """Average precision per query from the ranks of `rank_relevant`: non-interpolated, as in GPR1200 and scikit-learn.
 
     With k, only ranks up to k count, and tools divide by different things: "relevant" (r, pytorch-metric-learning and
@@ -790,12 +778,12 @@ def mean_average_precision(ranks: np.ndarray, k: int | None = None, denominator:
     return Score(np.where(number, total / np.maximum(choices[denominator], 1), np.nan))
 
 
-def recall_at_k(ranks: np.ndarray, k: int = 1) -> Score:
+def recall_at_k(ranks: Array, k: int = 1) -> Score:
     """1 for a query with a relevant row among the first k, else 0 (R@k of the retrieval papers: "hit at k")."""
     return Score(np.where(np.isfinite(ranks[:, 0]), ranks[:, 0] <= k, np.nan))
 
 
-def mean_precision_at_5(ranks: np.ndarray) -> Score:
+def mean_precision_at_5(ranks: Array) -> Score:
     """Relevant rows among the first m, divided by m, where m = min(r, 5): the measure of the GUIE challenge (2210.11141,
     section 1) and of UnED. With two rows to find, one at rank 4 counts for nothing."""
     most = np.minimum(np.isfinite(ranks).sum(axis=1), 5)
@@ -803,12 +791,7 @@ def mean_precision_at_5(ranks: np.ndarray) -> Score:
 
 
 def knn_accuracy(
-    queries: np.ndarray,
-    query_labels: np.ndarray,
-    gallery: np.ndarray,
-    gallery_labels: np.ndarray,
-    k: int = 21,
-    temperature: float = 0.1,
+    queries: Array, query_labels: Array, gallery: Array, gallery_labels: Array, k: int = 21, temperature: float = 0.1
 ) -> Score:
     """Accuracy of a vote among the k nearest, each weighted by exp(cosine / temperature).
 
@@ -822,29 +805,27 @@ def knn_accuracy(
     return Score((classes[votes.argmax(axis=1)] == np.asarray(query_labels)).astype(float))
 
 
-def text_to_image_recall(texts: np.ndarray, images: np.ndarray, relevant: Sequence, k: int = 1) -> Score:
+def text_to_image_recall(texts: Array, images: Array, relevant: Sequence, k: int = 1) -> Score:
     """R@k of text queries: 1 where any of a text's relevant images is among the k nearest."""
     return recall_at_k(rank_relevant(texts, images, relevant), k)
 
 
-def class_embeddings(
-    encoder: Encoder, names: Sequence[str], templates: Sequence[str] = ("a photo of {}",)
-) -> np.ndarray:
+def class_embeddings(encoder: Encoder, names: Sequence[str], templates: Sequence[str] = ("a photo of {}",)) -> Array:
     """One text embedding per class: the mean over prompt templates of unit embeddings, made unit again (CLIP, section 3.1)."""
     texts = [template.format(name) for name in names for template in templates]
     means = embed_texts(encoder, texts).reshape(len(names), len(templates), -1).mean(axis=1)
     return unit_rows(means, "class embeddings")
 
 
-def zero_shot_accuracy(images: np.ndarray, labels: np.ndarray, classes: np.ndarray) -> Score:
+def zero_shot_accuracy(images: Array, labels: Array, classes: Array) -> Score:
     """Accuracy of giving each image the class whose text embedding is nearest. labels: rows of `classes`."""
     _, nearest = search(images, classes, k=1)
     return Score((nearest[:, 0] == np.asarray(labels)).astype(float))
 
 
 def hubness(
-    queries: np.ndarray, gallery: np.ndarray, k: int = 10, own: np.ndarray | None = None, bias: np.ndarray | None = None
-) -> tuple[float, np.ndarray]:
+    queries: Array, gallery: Array, k: int = 10, own: Array | None = None, bias: Array | None = None
+) -> tuple[float, Array]:
     """How unevenly images are found: (skewness, counts), counts[i] = in how many queries' first k row i appears.
 
     A skewness near 0 means that all rows are found about equally often; hubs, found by far too many queries, make it
@@ -867,7 +848,7 @@ def result_row(
     task: str,
     metric: str,
     score: Score,
-    clusters: np.ndarray | None = None,
+    clusters: Array | None = None,
     group: str = "all",
     split: str = "test",
 ) -> dict:
@@ -949,11 +930,7 @@ def as_jpeg(figure) -> Picture:
 
 
 def show_neighbors(
-    queries: Sequence,
-    gallery: ImageSet,
-    rows: np.ndarray,
-    scores: np.ndarray | None = None,
-    right: np.ndarray | None = None,
+    queries: Sequence, gallery: ImageSet, rows: Array, scores: Array | None = None, right: Array | None = None
 ) -> Picture:
     """Queries and their neighbours, one line each. queries: PIL images or strings. rows, scores, right: (n, k).
 

@@ -1244,11 +1244,7 @@ def unpack(archive: Path, target: Path, nested: bool = False) -> None:
     shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
     try:
         partial.mkdir()
-        for name, source in members(archive):
-            path = partial / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with source, open(path, "wb") as file:
-                shutil.copyfileobj(source, file, 2**20)
+        extract(archive, partial)
         for inner in sorted(partial.glob("*.tar")) if nested else []:  # one per class: ImageNet's training set
             unpack(inner, inner.with_suffix(""))
             inner.unlink()
@@ -1263,25 +1259,24 @@ def unpack(archive: Path, target: Path, nested: bool = False) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def members(archive: Path) -> Iterator[tuple[str, object]]:
-    """(name, open file) of every file in a tar or zip archive. Raises ValueError for a name that leads outside."""
+def extract(archive: Path, folder: Path) -> None:
+    """Unpack every file of a tar or zip archive. ValueError for a name that leads outside: the standard library, which
+    does the work, would take the file in under another name."""
     progress = gu.Progress(max(file_size(archive) // 2**20, 1), f"unpacking {archive.name}", "MB")
     with open(archive, "rb") as raw:
         if zipfile.is_zipfile(raw):
             with zipfile.ZipFile(raw) as packed:
                 for member in packed.infolist():
-                    progress.update(raw.tell() // 2**20)
                     refuse(archive, member.filename, stat.S_ISLNK(member.external_attr >> 16))
-                    if not member.is_dir():
-                        yield member.filename, packed.open(member)
+                    packed.extract(member, folder)
+                    progress.update(raw.tell() // 2**20)
             return
         raw.seek(0)
         with tarfile.open(fileobj=raw, mode="r:*") as packed:
             for member in packed:
-                progress.update(raw.tell() // 2**20)
                 refuse(archive, member.name, not (member.isfile() or member.isdir()))
-                if member.isfile():
-                    yield member.name, packed.extractfile(member)
+                packed.extract(member, folder, filter="data")
+                progress.update(raw.tell() // 2**20)
 
 
 def refuse(archive: Path, name: str, special: bool) -> None:

@@ -310,6 +310,8 @@ def load_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
         raise FileNotFoundError(f"no checkpoint at {path.absolute()}")
     try:
         state = timm.models.load_state_dict(str(path), use_ema=False, weights_only=True)
+    except AttributeError:  # timm asks for the names of something that has none
+        state = None
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(

@@ -334,23 +334,14 @@ def fit(
     Raises ValueError for settings that cannot work, FloatingPointError when the loss is not finite, OSError when a
     checkpoint cannot be written or nodes do not share `folder`; earlier checkpoints stay.
     """
-    accelerator = start_accelerator(next(objective.parameters()).device, accumulate)
-    process, processes, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
-    per_epoch = len(dataset) // batch_size / accumulate
-    if per_epoch < 1 or batch_size % processes:
-        raise ValueError(
-            f"{len(dataset)} images do not fill one step of {accumulate} x {batch_size}, shared by {processes} processes; "
-            "choose a smaller batch_size that is a multiple of the processes"
-        )
+    accelerator = start_accelerator(objective, accumulate)
+    per_epoch = steps_per_epoch(accelerator, dataset, batch_size)
     steps = max(1, round(epochs * per_epoch))
     validate_every, log_every = validate_every or round(per_epoch), max(1, steps // 100)
-    groups = freeze_the_rest(objective.to(accelerator.device), groups)
-    for value in objective.state_dict().values():
-        value.copy_(broadcast(value))  # processes may have drawn other first weights
-    repeatable = Repeatable(dataset, seed)
+    groups = freeze_the_rest(objective, groups)
     settings = [steps, batch_size, accumulate, warmup, lr_min, clip, ema, seed, validate_every]
     settings += [accelerator.mixed_precision, None if balance is None else np.asarray(balance).tolist()]
-    folder = Path(folder) / training_key(objective, repeatable, groups, settings)
+    folder = Path(folder) / training_key(objective, Repeatable(dataset, seed), groups, settings)
     check_shared(accelerator, folder)
 
     optimizer = torch.optim.AdamW(groups)
@@ -359,14 +350,14 @@ def fit(
     wrapped, optimizer = accelerator.prepare(objective, optimizer)
     accelerator.register_for_checkpointing(*filter(None, [average]))
     step, log = resume(accelerator, folder)
-    best = max((row["validation"] for row in log if "validation" in row), default=-np.inf)
 
     first, last = step * accumulate, steps * accumulate
+    process, processes = accelerator.process_index, accelerator.num_processes
     share = batches(len(dataset), batch_size, first, last, seed, balance, process, processes)
     workers = gu.decoders(dataset.images) if isinstance(dataset, TrainingImages) else 0
-    loader = DataLoader(repeatable, batch_sampler=share, num_workers=workers)
-    progress = gu.Progress(steps * batch_size * accumulate, "training", done=first * batch_size)
-    picture, losses, started = None, [], time.time()
+    loader = DataLoader(Repeatable(dataset, seed), batch_sampler=share, num_workers=workers)
+    progress = gu.Progress(last * batch_size, "training", done=first * batch_size)
+    losses, started, picture = [], time.time(), None
     set_training(objective)
     for number, (rows, batch) in enumerate(loader, first):
         schedule.step_update(step)
@@ -392,18 +383,14 @@ def fit(
             row["rate"] = max(group["lr"] for group in optimizer.param_groups)
             row["images_per_second"] = len(losses) * batch_size / (time.time() - started)
             if checking:
-                row["validation"] = validated(accelerator, objective, average, validate)
-                if row["validation"] > best and main:
-                    gu.encoders.save_weights(average.module if average else objective, folder / "best.safetensors")
-                best = max(best, row["validation"])
+                row["validation"] = validated(accelerator, objective, average, validate, log, folder)
             log.append(row)
             losses, started = [], time.time()
-            if main:
-                lines = "".join(json.dumps(row) + "\n" for row in log).encode()
-                gu.write_atomically(folder / "log.jsonl", lambda file, lines=lines: file.write(lines))
+        if accelerator.is_main_process:
+            progress.update(step * accumulate * batch_size)
+            if log and log[-1]["step"] == step:
+                write_log(log, folder)
                 picture = draw_training(log, picture) if draw and (checking or step == steps) else picture
-        if main:
-            progress.update(step * batch_size * accumulate)
         if step % save_every == 0 or step == steps:
             save_state(accelerator, folder, step)
     accelerator.wait_for_everyone()
@@ -448,42 +435,34 @@ def fit_in_process(rank: int, processes: int, port: int, work: bytes) -> None:
     torch.distributed.destroy_process_group()
 
 
-def start_accelerator(device: torch.device, accumulate: int) -> accelerate.Accelerator:
-    """accelerate for this process: the objective's kind of device, in the precision that it gains from."""
+# --- its parts -------------------------------------------------------------------------------------------------------
+
+
+def start_accelerator(objective: torch.nn.Module, accumulate: int) -> accelerate.Accelerator:
+    """accelerate for this process, in the precision that the device gains from; all processes get the first's weights."""
+    device = next(objective.parameters()).device
     precision = {torch.float16: "fp16", torch.bfloat16: "bf16", None: "no"}[gu.best_precision(device)]
     patience = accelerate.InitProcessGroupKwargs(timeout=timedelta(hours=12))  # others wait while one validates
-    return accelerate.Accelerator(
+    accelerator = accelerate.Accelerator(
         cpu=device.type == "cpu",
         mixed_precision=precision,
         gradient_accumulation_steps=accumulate,
         kwargs_handlers=[patience],
     )
+    for value in objective.to(accelerator.device).state_dict().values():
+        value.copy_(broadcast(value))
+    return accelerator
 
 
-def check_shared(accelerator: accelerate.Accelerator, folder: Path) -> None:
-    """OSError in every process, before the first step, unless all of them see the first one's files in `folder`.
-
-    Each node reads its checkpoints and the best weights there; without a shared folder that fails hours later.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    if accelerator.num_processes == 1:
-        return
-    token, note = broadcast_object_list([uuid.uuid4().hex])[0], folder / "shared"
-    if accelerator.is_main_process:
-        note.write_text(token)
-    until, sees = time.time() + SHARED_WITHIN, False
-    while not sees and time.time() < until:
-        sees = note.exists() and note.read_text() == token
-        time.sleep(0 if sees else 0.2)
-    blind = [rank for rank, there in enumerate(gather_object([sees])) if not there]
-    if blind:
-        raise OSError(
-            f"processes {blind} do not see what process 0 writes to {folder}: choose a folder that all nodes share, such "
-            "as one on a network disk, under the same path on each"
+def steps_per_epoch(accelerator: accelerate.Accelerator, dataset: Dataset, batch_size: int) -> float:
+    """Steps in which an epoch passes by, a last incomplete batch left out. ValueError where not even one is filled."""
+    accumulate, processes = accelerator.gradient_accumulation_steps, accelerator.num_processes
+    if len(dataset) < batch_size * accumulate or batch_size % processes:
+        raise ValueError(
+            f"{len(dataset)} images do not fill one step of {accumulate} x {batch_size}, shared by {processes} processes; "
+            "choose a smaller batch_size that is a multiple of the processes"
         )
-
-
-# --- its parts -------------------------------------------------------------------------------------------------------
+    return len(dataset) // batch_size / accumulate
 
 
 def freeze_the_rest(objective: torch.nn.Module, groups: list[dict]) -> list[dict]:
@@ -514,6 +493,29 @@ def training_key(objective: torch.nn.Module, dataset: Repeatable, groups: list, 
         device = next(objective.parameters()).device
         digest.update(f"{objective(*send_to_device(batch, device)).item():.3g}".encode())
     return digest.hexdigest()
+
+
+def check_shared(accelerator: accelerate.Accelerator, folder: Path) -> None:
+    """OSError in every process, before the first step, unless all of them see the first one's files in `folder`.
+
+    Each node reads its checkpoints and the best weights there; without a shared folder that fails hours later.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if accelerator.num_processes == 1:
+        return
+    token, note = broadcast_object_list([uuid.uuid4().hex])[0], folder / "shared"
+    if accelerator.is_main_process:
+        note.write_text(token)
+    until, sees = time.time() + SHARED_WITHIN, False
+    while not sees and time.time() < until:
+        sees = note.exists() and note.read_text() == token
+        time.sleep(0 if sees else 0.2)
+    blind = [rank for rank, there in enumerate(gather_object([sees])) if not there]
+    if blind:
+        raise OSError(
+            f"processes {blind} do not see what process 0 writes to {folder}: choose a folder that all nodes share, such "
+            "as one on a network disk, under the same path on each"
+        )
 
 
 def resume(accelerator: accelerate.Accelerator, folder: Path) -> tuple[int, list[dict]]:
@@ -557,19 +559,28 @@ def clip_gradients(accelerator, objective: torch.nn.Module, clip: float) -> torc
     return torch.stack([torch.nn.utils.clip_grad_norm_(part, clip) for part in parts if part]).max()
 
 
-def validated(accelerator, objective, average: ModelEmaV3 | None, validate: Callable[[], float]) -> float:
-    """validate() of the averaged weights if there are any; computed by the first process, known to all."""
+def validated(accelerator, objective, average: ModelEmaV3 | None, validate: Callable, log: list, folder: Path) -> float:
+    """validate() of the averaged weights if there are any, which are kept when it is the best so far; computed by the
+    first process, known to all."""
     objective.eval()
     own = {key: value.clone() for key, value in objective.state_dict().items()} if average else None
     if average:
         objective.load_state_dict(average.module.state_dict())
     value = broadcast_object_list([validate() if accelerator.is_main_process else None])[0]
+    if not np.isfinite(value):
+        raise ValueError("validation gave no score; at least two classes with two images each are needed to measure on")
+    best = max((row["validation"] for row in log if "validation" in row), default=-np.inf)
+    if value > best and accelerator.is_main_process:
+        gu.encoders.save_weights(objective, folder / "best.safetensors")
     if average:
         objective.load_state_dict(own)
     set_training(objective)
-    if not np.isfinite(value):
-        raise ValueError("validation gave no score; at least two classes with two images each are needed to measure on")
     return float(value)
+
+
+def write_log(log: list[dict], folder: Path) -> None:
+    lines = "".join(json.dumps(row) + "\n" for row in log).encode()
+    gu.write_atomically(folder / "log.jsonl", lambda file: file.write(lines))
 
 
 def save_state(accelerator, folder: Path, step: int) -> None:

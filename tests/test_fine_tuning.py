@@ -512,6 +512,16 @@ def test_a_finished_training_is_read_back_and_other_settings_train_anew(tmp_path
     assert len(fresh.seen) == 12, "other data are not mistaken for the same training"
 
 
+class Doubled(gu.training.ImageObjective):
+    """Another loss that has the name and the settings of the first: only its value tells."""
+
+    def forward(self, images, labels):
+        return 2 * super().forward(images, labels)
+
+
+Doubled.__name__ = "ImageObjective"
+
+
 def test_whatever_decides_what_is_learned_makes_another_training(tmp_path, folder):
     images = gu.load_images(folder)
 
@@ -520,25 +530,35 @@ def test_whatever_decides_what_is_learned_makes_another_training(tmp_path, folde
         encoder = gu.load_encoder("random")
         settings = {"epochs": 1, "batch_size": 4, "balance": None}
         photos = images.subset(np.arange(len(images)))
-        flip = 0.5
+        flip, kind, scale = 0.5, gu.training.ImageObjective, 30.0
         if change == "patches":
             gu.training.drop_patches(encoder, 0.5)
         if change == "labels":
             photos.labels[[3, 4]] = photos.labels[[4, 3]]
         if change == "view":
             flip = 0.51
+        if change == "images":
+            photos.images = photos.images[::-1]
+        if change == "weights":
+            with torch.no_grad():
+                encoder.model.visual.proj.mul_(1.01)
+        if change == "scale":
+            scale = 31.0
+        if change == "code":
+            kind = Doubled
         if change == "balance":
             settings["balance"] = photos.labels
         data = gu.training.TrainingImages(photos, gu.training.training_transform(encoder, flip))
-        objective = gu.training.ImageObjective(encoder, gu.training.ArcMargin(encoder.dim, 3))
+        objective = kind(encoder, gu.training.ArcMargin(encoder.dim, 3, scale))
         groups = gu.training.image_parameters(encoder, 1e-4)
         if change == "fewer":
             groups = [group | {"params": group["params"][1:]} for group in groups]
         gu.training.fit(objective, data, tmp_path / "runs", groups, **settings)
         return len(list((tmp_path / "runs").iterdir()))
 
-    changes = ("", "patches", "labels", "view", "balance", "fewer", "")
-    assert [train(change) for change in changes] == [1, 2, 3, 4, 5, 6, 6]
+    changes = ["", "patches", "labels", "view", "images", "weights", "scale", "code", "balance", "fewer"]
+    assert [train(change) for change in changes] == list(range(1, 11))
+    assert train("") == 10, "the first is recognised"
 
 
 def test_training_in_stages_is_calling_fit_twice(tmp_path):
@@ -755,13 +775,26 @@ def test_what_goes_wrong_in_a_process_is_said_in_the_notebook(tmp_path):
         )
 
 
+LAUNCH = ["-m", "torch.distributed.run", "--nproc_per_node=2"]  # accelerate's own launcher starts one for the CPU
+
+
+def test_nodes_that_share_no_folder_stop_before_the_first_step(tmp_path):
+    launcher = [*LAUNCH, f"--master_port={free_port()}"]
+    options = ["--folder-of-its-own"]
+    result = train(tmp_path / "node", tmp_path / "out", *options, launcher=launcher, check=False)
+    assert result.returncode != 0
+    assert "processes [1] do not see what process 0 writes to" in result.stderr
+    assert "choose a folder that all nodes share" in result.stderr
+    assert not list(tmp_path.rglob("step_*")) and not list(tmp_path.rglob("log.jsonl"))
+
+
 @pytest.mark.parametrize("sampled", [None, "5"])
 def test_two_processes_give_the_weights_of_one_with_the_same_global_batch(tmp_path, sampled):
     options = ["--sampled", sampled] if sampled else []
     train(tmp_path / "one", tmp_path / "one.safetensors", *options)
-    launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--mixed_precision=no"]
-    launcher += ["--num_machines=1", "--dynamo_backend=no", f"--main_process_port={free_port()}"]
+    launcher = [*LAUNCH, f"--master_port={free_port()}"]
     result = train(tmp_path / "two", tmp_path / "two.safetensors", *options, launcher=launcher)
+    assert "finished in 2 processes" in result.stdout
     assert "validations 3" in result.stdout, "the first process validates, after each epoch"
     one, two = load_file(tmp_path / "one.safetensors"), load_file(tmp_path / "two.safetensors")
     for key in one:

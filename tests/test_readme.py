@@ -1,13 +1,14 @@
 """What the README says, tried: its commands, its code, its links and its numbers."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
-import numpy as np
 import papermill as pm
 import pytest
-from conftest import unit
 
 import gpnns_utils as gu
 
@@ -50,29 +51,61 @@ def test_every_papermill_command_names_a_notebook_and_its_parameters():
         assert set(re.findall(r"-[pfyr] (\w+)", line)) <= pm.inspect_notebook(str(gu.HERE / path)).keys(), line
 
 
-def test_the_code_runs_as_it_stands(folder, cache, tmp_path, monkeypatch, capsys):
-    """With the mini CLIP in place of a download, and shorter: images and captions that a test can have."""
-    monkeypatch.chdir(tmp_path)
-    Path("captions.txt").write_text("a red square\na green square\na blue square\na picture\n")
-    names = {}
+def code_of_the_readme(folder):
+    """Its Python blocks as one script, with the mini CLIP in place of a download, and shorter: images and captions that a
+    test can have."""
     blocks = [text for kind, text in BLOCKS if kind == "python"]
     assert len(blocks) == 4
-    for text in blocks:
-        if "NNNRanker" not in text and "captions.txt" in text:
-            text = text.replace("k=16", "k=2")
-        text = text.replace("open_clip:ViT-B-16/openai", "mini").replace("path/to/folder", str(folder))
-        text = text.replace("split_classes(images, 0.1)", "split_classes(double, 0.1)").replace(
-            "epochs=3,", "epochs=1, batch_size=4,"
-        )
-        if "split_classes" in text:  # too few classes to hold some out
-            names["double"] = gu.ImageSet("double", names["images"].images * 2, np.arange(24) // 4)
-        if "NNNRanker" in text:  # the lines before and after are for the same arrays
-            gallery = unit(np.random.default_rng(0), 600, 512)
-            names |= {"gallery": gallery, "references": gallery[::2], "queries": gallery[:5]}
-            exec("from nnn import NNNRanker, NNNRetriever", names)
-        exec(text, names)
+    code = "\n".join(blocks)
+    for said, here in {
+        "open_clip:ViT-B-16/openai": "mini",
+        "path/to/folder": str(folder),
+        "k=16": "k=2",
+        "ranker = NNNRanker": "from nnn import NNNRanker, NNNRetriever\n"
+        "gallery = np.random.default_rng(0).normal(size=(600, 512)).astype(np.float32)\n"
+        "gallery /= np.linalg.norm(gallery, axis=1, keepdims=True)\n"
+        "references, queries = gallery[::2], gallery[:5]\nranker = NNNRanker",
+        "gu.split_classes(images, 0.1)": 'gu.split_classes(gu.ImageSet("double", images.images * 2, np.arange(24) // 4), 0.1)',
+        "epochs=3,": "epochs=1, batch_size=4,",
+    }.items():
+        assert said in code, said
+        code = code.replace(said, here)
+    Path("captions.txt").write_text("a red square\na green square\na blue square\na picture\n")
+    return code
+
+
+def test_the_code_runs_as_it_stands(folder, cache, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    exec(code_of_the_readme(folder), {})
     assert Path("runs/mine/tuned.safetensors").exists()
     assert re.search(r"\d\.\d+ \(\d\.\d+, \d\.\d+\)", capsys.readouterr().out), "a score and its interval"
+
+
+@pytest.mark.slow
+def test_the_code_runs_in_an_empty_folder_once_the_package_is_installed(folder, tmp_path, monkeypatch):
+    """What `pip install .` puts into site-packages, training included."""
+    site = tmp_path / "site"
+    command = [
+        sys.executable,
+        "-m",
+        "uv",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--target",
+        str(site),
+        str(gu.HERE),
+    ]
+    subprocess.run(command, check=True)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    code = code_of_the_readme(folder) + "\nprint(gu.HERE, gu.work_folder(), len(gu.load_published('mcip_table1')))"
+    environment = os.environ | {"PYTHONPATH": str(site), "GPNNS_CACHE": str(tmp_path / "cache")}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert f"{site} {tmp_path / 'elsewhere'} 9" in result.stdout
+    assert Path("runs/mine/tuned.safetensors").exists()
 
 
 @pytest.mark.parametrize("path", sorted((gu.HERE / "notebooks").glob("0*.ipynb")), ids=lambda path: path.stem)

@@ -25,6 +25,7 @@ parser.add_argument("--sampled", type=int)
 parser.add_argument("--dropout", type=float, default=0.0)
 parser.add_argument("--ema", type=float)
 parser.add_argument("--bfloat16", action="store_true")
+parser.add_argument("--folder-of-its-own", action="store_true", help="for each process, as on nodes that share no disk")
 arguments = parser.parse_args()
 
 
@@ -68,6 +69,9 @@ if arguments.bfloat16:
 torch.manual_seed(int(os.environ.get("RANK", 0)))  # `fit` gives all processes the first one's weights
 torch.set_num_threads(1)
 objective, dataset = Objective(), Points()
+if arguments.folder_of_its_own:
+    arguments.folder += os.environ["RANK"]
+    gu.training.SHARED_WITHIN = 1.0
 if arguments.kill_while_saving:
     Path.rename = lambda *_: die()
 if arguments.largest_file:
@@ -96,7 +100,7 @@ if os.environ.get("RANK", "0") == "0":
     state["validation"] = torch.tensor([row["validation"] for row in log if "validation" in row])
     save_file(state, arguments.out)
     print(
-        f"finished; items read {dataset.read}; validations {len(calls)}; steps {int(np.max([r['step'] for r in log]))}"
+        f"finished in {os.environ.get('WORLD_SIZE', 1)} processes; items read {dataset.read}; validations {len(calls)}; steps {int(np.max([r['step'] for r in log]))}"
     )
 else:
     assert not calls, "only the first process validates"
