@@ -267,6 +267,7 @@ def load_encoder(spec: str, device: torch.device | str | None = None) -> Encoder
     """Load an encoder by name.
 
     "mini" (the small CLIP of this course), "random" (the same before training), "pixels" (no model: 16 x 16 colors),
+    "efficientnet_lite0" (trained on ImageNet, its weights come with the packages, so it needs no download),
     "open_clip:ARCHITECTURE/TAG", "timm:NAME", "gpnns:ViT-B@file.pth" (the GP-NNS release format).
     `@file` behind a name takes the weights from a file: "mini@tuned.safetensors", "open_clip:ViT-B-16/openai@epoch_3.pt"
     (the tag then only says what the file was tuned from, which decides preprocessing and activation).

