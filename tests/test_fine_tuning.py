@@ -1,12 +1,9 @@
 """The margin, the heads, checkpoints, and `fit`: repeatable, resumable, on one process or two."""
 
 import copy
+import functools
 import json
 import math
-import socket
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,11 +13,12 @@ import timm
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from conftest import lift, unit
+from conftest import lift, run_apart, unit
 from hypothesis import given
 from hypothesis import strategies as st
 from pytorch_metric_learning.losses import ArcFaceLoss, CosFaceLoss, ProxyAnchorLoss, SubCenterArcFaceLoss
 from safetensors.torch import load_file, save_file
+from train_small import save_random, train_small
 
 import gpnns_utils as gu
 
@@ -413,16 +411,11 @@ def test_a_checkpoint_that_does_not_fit_on_the_disk_leaves_the_earlier_one(tmp_p
     encoder = gu.load_encoder("mini")
     path = gu.save_checkpoint(encoder, tmp_path / "tuned.safetensors")
     before = path.read_bytes()
-    code = (
-        "import resource, signal, sys; import gpnns_utils as gu; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "encoder = gu.load_encoder('random'); resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))\n"
-        "gu.save_checkpoint(encoder, sys.argv[1])"
-    )
-    result = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, cwd=gu.HERE)
+    result = run_apart(save_random, path, 10**6, folder=tmp_path / "said")
     assert result.returncode == 1
     assert "OSError: could not write" in result.stderr and "MB free" in result.stderr
     assert path.read_bytes() == before
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["tuned.json", "tuned.safetensors"], "no leftovers"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["said", "tuned.json", "tuned.safetensors"], "no leftovers"
 
 
 # --- fit ---
@@ -678,33 +671,19 @@ def test_settings_that_cannot_work_are_refused(tmp_path):
 # --- fit, in processes of its own ---
 
 
-def train(folder, out, *options, launcher=(), check=True):
-    command = [
-        sys.executable,
-        *launcher,
-        str(Path(__file__).parent / "train_small.py"),
-        str(folder),
-        str(out),
-        *options,
-    ]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=gu.HERE, timeout=300)
+def train(folder, out, check=True, ranks=1, **options):
+    result = run_apart(functools.partial(train_small, folder, out, **options), folder=out.parent / "said", ranks=ranks)
     assert result.returncode == 0 or not check, result.stderr[-3000:]
     return result
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def test_killed_at_any_moment_and_started_again_it_ends_with_the_same_weights(tmp_path):
-    options = ["--dropout", "0.3", "--ema", "0.9", "--sampled", "4"]
-    train(tmp_path / "whole", tmp_path / "whole.safetensors", *options)
-    for death in (["--kill-at-item", "30"], ["--kill-at-item", "150"], ["--kill-while-saving"]):
-        result = train(tmp_path / "cut", tmp_path / "cut.safetensors", *options, *death, check=False)
+    options = {"dropout": 0.3, "ema": 0.9, "sampled": 4}
+    train(tmp_path / "whole", tmp_path / "whole.safetensors", **options)
+    for death in ({"kill_at_item": 30}, {"kill_at_item": 150}, {"kill_while_saving": True}):
+        result = train(tmp_path / "cut", tmp_path / "cut.safetensors", **options, **death, check=False)
         assert result.returncode == -9, result.stderr
-    result = train(tmp_path / "cut", tmp_path / "cut.safetensors", *options)
+    result = train(tmp_path / "cut", tmp_path / "cut.safetensors", **options)
     assert "steps 9" in result.stdout
     whole, cut = load_file(tmp_path / "whole.safetensors"), load_file(tmp_path / "cut.safetensors")
     assert whole.keys() == cut.keys()
@@ -713,10 +692,21 @@ def test_killed_at_any_moment_and_started_again_it_ends_with_the_same_weights(tm
             assert torch.equal(whole[key], cut[key]), key
 
 
+@pytest.mark.slow
+def test_fifty_kills_at_fifty_moments_change_no_bit(tmp_path):
+    options = {"dropout": 0.3, "ema": 0.9}
+    train(tmp_path / "whole", tmp_path / "whole.safetensors", **options)
+    for item in np.random.default_rng(0).integers(9, 110, 50).tolist():
+        train(tmp_path / "cut", tmp_path / "cut.safetensors", **options, kill_at_item=item, check=False)
+    train(tmp_path / "cut", tmp_path / "cut.safetensors", **options)
+    whole, cut = load_file(tmp_path / "whole.safetensors"), load_file(tmp_path / "cut.safetensors")
+    assert all(torch.equal(whole[key], cut[key]) for key in whole if key != "losses")
+
+
 def test_a_full_disk_stops_training_with_a_message_and_keeps_the_earlier_checkpoint(tmp_path):
-    train(tmp_path / "run", tmp_path / "out", "--kill-at-item", "150", check=False)
+    train(tmp_path / "run", tmp_path / "out", kill_at_item=150, check=False)
     (kept,) = (tmp_path / "run").glob("*/step_*")
-    result = train(tmp_path / "run", tmp_path / "out", "--largest-file", "2000", check=False)
+    result = train(tmp_path / "run", tmp_path / "out", largest_file=2000, check=False)
     assert result.returncode == 1 and "OSError: could not write" in result.stderr and "MB free" in result.stderr
     assert [p.name for p in (tmp_path / "run").glob("*/step_*")] == [kept.name]
     assert not list((tmp_path / "run").glob("*/partial"))
@@ -725,7 +715,7 @@ def test_a_full_disk_stops_training_with_a_message_and_keeps_the_earlier_checkpo
 
 def test_half_precision_keeps_float32_weights_and_trains_about_the_same(tmp_path):
     train(tmp_path / "full", tmp_path / "full.safetensors")
-    train(tmp_path / "half", tmp_path / "half.safetensors", "--bfloat16")
+    train(tmp_path / "half", tmp_path / "half.safetensors", bfloat16=True)
     full, half = load_file(tmp_path / "full.safetensors"), load_file(tmp_path / "half.safetensors")
     weights = full["tower.0.weight"], half["tower.0.weight"]
     assert weights[1].dtype == torch.float32 and not torch.equal(*weights)
@@ -748,7 +738,14 @@ class Tower(torch.nn.Module):
         return self.loss(self.tower(points), labels)
 
 
-def test_several_processes_train_for_a_notebook_and_leave_it_the_weights_of_one(tmp_path):
+@pytest.fixture
+def forked(monkeypatch):
+    """`fit_in_processes` with processes that need not import everything anew."""
+    start = functools.partial(torch.multiprocessing.start_processes, start_method="forkserver")
+    monkeypatch.setattr(torch.multiprocessing, "spawn", start)
+
+
+def test_several_processes_train_for_a_notebook_and_leave_it_the_weights_of_one(tmp_path, forked):
     points = torch.randn(96, 10, generator=torch.Generator().manual_seed(0))
     data = Described(points, torch.arange(96) % 12)
     weights, logs = [], []
@@ -766,7 +763,7 @@ def test_several_processes_train_for_a_notebook_and_leave_it_the_weights_of_one(
         assert torch.allclose(value, weights[1][key], atol=1e-5), key
 
 
-def test_what_goes_wrong_in_a_process_is_said_in_the_notebook(tmp_path):
+def test_what_goes_wrong_in_a_process_is_said_in_the_notebook(tmp_path, forked):
     objective = Tower()
     data = Described(torch.full((96, 10), torch.nan), torch.arange(96) % 12)
     with pytest.raises(Exception, match="the loss became .*nan.*Look at those images, or lower the rates"):
@@ -775,27 +772,19 @@ def test_what_goes_wrong_in_a_process_is_said_in_the_notebook(tmp_path):
         )
 
 
-LAUNCH = ["-m", "torch.distributed.run", "--nproc_per_node=2"]  # accelerate's own launcher starts one for the CPU
-
-
 def test_nodes_that_share_no_folder_stop_before_the_first_step(tmp_path):
-    launcher = [*LAUNCH, f"--master_port={free_port()}"]
-    options = ["--folder-of-its-own"]
-    result = train(tmp_path / "node", tmp_path / "out", *options, launcher=launcher, check=False)
-    assert result.returncode != 0
+    result = train(tmp_path / "node", tmp_path / "out", ranks=2, folder_of_its_own=True, check=False)
+    assert result.codes == [1, 1], "none is left waiting"
     assert "processes [1] do not see what process 0 writes to" in result.stderr
     assert "choose a folder that all nodes share" in result.stderr
     assert not list(tmp_path.rglob("step_*")) and not list(tmp_path.rglob("log.jsonl"))
 
 
-@pytest.mark.parametrize("sampled", [None, "5"])
+@pytest.mark.parametrize("sampled", [None, 5])
 def test_two_processes_give_the_weights_of_one_with_the_same_global_batch(tmp_path, sampled):
-    options = ["--sampled", sampled] if sampled else []
-    train(tmp_path / "one", tmp_path / "one.safetensors", *options)
-    launcher = [*LAUNCH, f"--master_port={free_port()}"]
-    result = train(tmp_path / "two", tmp_path / "two.safetensors", *options, launcher=launcher)
-    assert "finished in 2 processes" in result.stdout
-    assert "validations 3" in result.stdout, "the first process validates, after each epoch"
+    train(tmp_path / "one", tmp_path / "one.safetensors", sampled=sampled)
+    result = train(tmp_path / "two", tmp_path / "two.safetensors", sampled=sampled, ranks=2)
+    assert "items read 152; validations 3" in result.stdout, "half of the items, and the probe of eight"
     one, two = load_file(tmp_path / "one.safetensors"), load_file(tmp_path / "two.safetensors")
     for key in one:
         assert torch.allclose(one[key].float(), two[key].float(), atol=1e-4), key
