@@ -4,15 +4,21 @@ VENV := .venv
 BIN := $(VENV)/bin
 export GPNNS_CACHE ?= $(CURDIR)/.cache
 
-.PHONY: help course test lab app site render bench check clean
+.PHONY: help course test test-all lab app site render bench check clean
 help:  ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
 course: $(VENV)/.ready  ## run every notebook on the mini world, results in runs/mini/
 	$(BIN)/python notebooks/run.py
 
-test: $(VENV)/.ready check  ## all tests, notebooks included
-	$(BIN)/python -m pytest
+# Two workers, one thread each. The default needs no browser, and trains no more than a few steps.
+TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+test: $(VENV)/.ready check  ## what breaks when something breaks: every notebook, every promise; about ten minutes
+	$(TESTS) -m "not slow"
+
+test-all: $(VENV)/.ready check  ## the same with whole trainings, the browser, the wheel, fifty kills; about 40 minutes
+	$(TESTS)
 
 lab: $(VENV)/.ready  ## open JupyterLab at the first notebook
 	$(BIN)/jupyter lab notebooks/01_search_images.ipynb

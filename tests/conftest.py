@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers share two cores
 os.environ.setdefault("MPLBACKEND", "agg")
+import matplotlib.pyplot as plt
 import nbformat
 import numpy as np
 import papermill as pm
@@ -29,6 +30,12 @@ def pytest_configure(config):
     if not hasattr(config, "workerinput") and not config.option.collectonly:
         for split in ("train", "validation", "test"):
             gu.load_images("mini", split)
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "chromium" in item.fixturenames:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture
@@ -127,6 +134,7 @@ def run_here(notebook, parameters):
         if cell.cell_type == "code":
             exec(compile(cell.source, str(path), "exec"), names)
             names |= parameters if "parameters" in cell.metadata.get("tags", []) else {}
+    plt.close("all")
     return SimpleNamespace(**names)
 
 

@@ -2,15 +2,13 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 import warnings
 
 import numpy as np
 import pytest
 import torch
-from conftest import unit
+from conftest import start_apart, unit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -98,51 +96,47 @@ def test_a_damaged_cache_file_is_named_and_computed_again(folder, cache):
     np.testing.assert_array_equal(first, again)
 
 
-SLOW_RUN = """
-import sys, time
-import numpy as np, torch
-import gpnns_utils as gu
-gu.SHARD = 64
-torch.set_num_threads(1)
-encoder = gu.load_encoder("mini", "cpu")
-tower = encoder.image_tower
-def slow(batch):
-    time.sleep(float(sys.argv[2]))
-    return tower(batch)
-encoder.image_tower = slow
-images = gu.load_images("mini", "test")
-images = images.subset(images.labels % 40 < 4)
-np.save(sys.argv[1], gu.embed_images(encoder, images, batch_size=16))
-"""
+def embed_slowly(out, pause):
+    """Embed a part of the drawn world in shards of 64, with a pause before each batch."""
+    gu.SHARD = 64
+    torch.set_num_threads(1)
+    encoder = gu.load_encoder("mini", "cpu")
+    tower = encoder.image_tower
+    encoder.image_tower = lambda batch: time.sleep(pause) or tower(batch)
+    images = gu.load_images("mini", "test")
+    np.save(out, gu.embed_images(encoder, images.subset(images.labels % 40 < 4), batch_size=16))
 
 
 def test_a_killed_run_goes_on_where_it_stopped_with_identical_bits(world, tmp_path):
-    script = tmp_path / "run.py"
-    script.write_text(SLOW_RUN)
     drawn = gu.cache_folder() / "mini_world"  # drawn once for all tests
 
     def start(cache, out, pause):
         (tmp_path / cache).mkdir(exist_ok=True)
         if not (tmp_path / cache / "mini_world").exists():
             (tmp_path / cache / "mini_world").symlink_to(drawn)
-        environment = os.environ | {"GPNNS_CACHE": str(tmp_path / cache), "PYTHONPATH": str(gu.HERE)}
-        return subprocess.Popen([sys.executable, str(script), str(tmp_path / out), str(pause)], env=environment)
+        environment = {"GPNNS_CACHE": str(tmp_path / cache)}
+        return start_apart(embed_slowly, tmp_path / out, pause, folder=tmp_path / "said", environment=environment)
 
     def shards(cache):
         return {p.name: p.stat().st_mtime_ns for p in (tmp_path / cache / "embeddings").rglob("*.npy")}
+
+    def finish(process):
+        process.join(60)
+        assert process.exitcode == 0
 
     process = start("killed", "never.npy", 0.25)
     deadline = time.time() + 60
     while len(shards("killed")) < 2 and time.time() < deadline:
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     done = shards("killed")
     assert 2 <= len(done) < 4, "the run was killed half-way"
     assert not (tmp_path / "never.npy").exists()
-    assert start("killed", "resumed.npy", 0).wait() == 0
+    finish(start("killed", "resumed.npy", 0))
     assert done.items() <= shards("killed").items(), "finished shards are kept as they were"
-    assert start("fresh", "fresh.npy", 0).wait() == 0
+    finish(start("fresh", "fresh.npy", 0))
     assert (tmp_path / "resumed.npy").read_bytes() == (tmp_path / "fresh.npy").read_bytes()
 
 

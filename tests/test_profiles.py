@@ -260,6 +260,7 @@ SMALLER = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.notebook
 def test_the_gpu_profile_runs_from_end_to_end_with_small_random_models(tmp_path):
     """Kaggle is imitated by its variable; there is no network, and none is asked for."""

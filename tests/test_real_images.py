@@ -6,7 +6,10 @@ from real_tables import MOBILENET, REAL, write_table
 
 import gpnns_utils as gu
 
-pytestmark = pytest.mark.skipif(not REAL.exists(), reason=f"no real images beside the project ({REAL.name}/ is absent)")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not REAL.exists(), reason=f"no real images beside the project ({REAL.name}/ is absent)"),
+]
 
 
 @pytest.mark.parametrize(

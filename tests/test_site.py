@@ -1,8 +1,6 @@
 """The site of rendered notebooks: every notebook a page, no link broken, nothing that only a kernel or a network shows."""
 
 import re
-import subprocess
-import sys
 from html.parser import HTMLParser
 
 import nbformat
@@ -11,7 +9,6 @@ from conftest import load_module
 
 import gpnns_utils as gu
 
-SITE = gu.HERE / "build" / "site"
 PATHS = sorted((gu.HERE / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 
 
@@ -34,11 +31,12 @@ class Page(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def pages():
-    SITE.mkdir(parents=True, exist_ok=True)
-    (SITE / "old.html").write_text("a page of an earlier site")
-    subprocess.run([sys.executable, str(gu.HERE / "notebooks" / "pages.py")], check=True)
-    return {path.name: Page(path.read_text(encoding="utf-8")) for path in SITE.rglob("*") if path.is_file()}
+def pages(tmp_path_factory):
+    writer = load_module(gu.HERE / "notebooks" / "pages.py")
+    writer.SITE = tmp_path_factory.mktemp("site")
+    (writer.SITE / "old.html").write_text("a page of an earlier site")
+    writer.main()
+    return {path.name: Page(path.read_text(encoding="utf-8")) for path in writer.SITE.rglob("*") if path.is_file()}
 
 
 def test_every_notebook_is_a_page_and_nothing_else_is(pages):
