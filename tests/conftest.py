@@ -82,6 +82,17 @@ def shapes(tmp_path):
 
 
 @pytest.fixture
+def small_world(tmp_path):
+    """A part of the drawn world as a folder, for what trains many times: 6 domains x 5 classes x 6 images."""
+    images = gu.load_images("mini", "train")
+    for row in np.flatnonzero((images.labels % 120 < 5) & (np.arange(len(images)) % 10 < 6)):
+        path = tmp_path / "small world" / images.groups[row] / images.names[images.labels[row]] / f"{row}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        images[row].save(path)
+    return tmp_path / "small world"
+
+
+@pytest.fixture
 def results(request):
     """A profile of its own for a test; its folder of results is removed afterwards."""
     profile = f"test-{hashlib.blake2b(request.node.nodeid.encode(), digest_size=6).hexdigest()}"

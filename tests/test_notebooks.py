@@ -151,7 +151,7 @@ def test_links_between_notebooks_lead_somewhere():
 QUICK = {
     "03_finetune_arcmargin": {"train": "none"},
     "04_realign_text_mcip": {"train": "none"},
-    "05_average_soups": {"epochs": 0.1},
+    "05_average_soups": {"epochs": 1.0, "batch_size": 16, "train_images": "SMALL WORLD"},
     "06_normalize_neighbors_nnn": {"encoders": "mini", "reference_images": 300},
 }
 
@@ -182,10 +182,13 @@ def said_by_checks(notebook):
 
 @pytest.mark.notebook
 @pytest.mark.parametrize("path", PATHS, ids=ids)
-def test_a_notebook_runs_its_checks_tell_right_from_wrong_and_its_results_are_tidy(path, tmp_path, results):
+def test_a_notebook_runs_its_checks_tell_right_from_wrong_and_its_results_are_tidy(
+    path, tmp_path, results, small_world
+):
     """From any folder of the course: it finds its module by itself."""
     profile, folder = results
     parameters = {"profile": profile} | QUICK.get(path.stem, {})
+    parameters = {key: str(small_world) if value == "SMALL WORLD" else value for key, value in parameters.items()}
     cwd = (gu.HERE, FOLDER, FOLDER / "solutions")[PATHS.index(path) % 3]
     notebook = execute(with_wrong_answers(path, tmp_path / path.name), tmp_path / "out.ipynb", parameters, cwd)
     said = said_by_checks(notebook)
