@@ -363,7 +363,7 @@ def load_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
         ) from error
     if not isinstance(state, dict) or not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise ValueError(f"{path} holds no state dict (a dict of tensors, perhaps under 'state_dict')")
-    return {plain_name(key): value for key, value in state.items()}
+    return {plain_name(key): value for key, value in state.items()}  # older timm knows one order of prefixes only
 
 
 def plain_name(key: str) -> str:
