@@ -551,11 +551,12 @@ def exact_search(
     if bias is not None:  # as one more dimension, see `with_bias`
         bias, minus = checked_bias(bias, len(gallery)), np.full((len(queries), 1), -1, np.float32)
         queries = np.hstack([queries, minus])
+    size = TILE if bias is None else TILE // 8  # a bias makes a copy of each tile: one that stays in the cache
     best = faiss.ResultHeap(len(queries), k, keep_max=metric != "l2")
-    for first in range(0, len(gallery), TILE):
-        tile = checked(gallery, what, metric, rows=slice(first, first + TILE))
+    for first in range(0, len(gallery), size):
+        tile = checked(gallery, what, metric, rows=slice(first, first + size))
         if bias is not None:
-            tile = np.hstack([tile, bias[first : first + TILE, None]])
+            tile = np.hstack([tile, bias[first : first + size, None]])
         scores, rows = faiss.knn(queries, tile, min(k, len(tile)), metric=measure_of(metric))
         best.add_result(scores, rows + first)
     best.finalize()
