@@ -419,7 +419,7 @@ class Decoded(Dataset):
 
 # --- neighbours ------------------------------------------------------------------------------------------------------
 
-BLOCK, TILE = 16_384, 65_536  # gallery rows whose bias, and whose scores, are computed at a time
+BLOCK, TILE = 4096, 65_536  # gallery rows whose bias, and whose scores, are computed at a time
 METRICS = ("cosine", "inner", "l2", "hamming")
 # numpy before 2, which Kaggle has installed, lacks it.
 vecdot = getattr(np, "vecdot", None) or (lambda a, b: np.einsum("nd,nd->n", a, b))
@@ -560,8 +560,10 @@ def exact_search(
         scores, rows = faiss.knn(queries, tile, min(k, len(tile)), metric=measure_of(metric))
         best.add_result(scores, rows + first)
     best.finalize()
-    order = np.lexsort((best.I, best.D if metric == "l2" else -best.D))
-    scores, rows = np.take_along_axis(best.D, order, axis=1), np.take_along_axis(best.I, order, axis=1)
+    scores, rows = best.D, best.I
+    tied = np.flatnonzero((scores[:, 1:] == scores[:, :-1]).any(axis=1))  # of equal scores the first row comes first
+    order = np.lexsort((rows[tied], scores[tied] if metric == "l2" else -scores[tied]))
+    rows[tied] = np.take_along_axis(rows[tied], order, axis=1)
     return (np.sqrt(np.maximum(scores, 0)) if metric == "l2" else scores), rows
 
 
