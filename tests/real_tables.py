@@ -1,4 +1,4 @@
-"""Tables of real images for verification, in the form that `load_images` reads: `python tests/real_tables.py REAL OUT`.
+"""Tables of real images for verification, in the form that `load_images` reads.
 
 REAL is a folder with emoji/, omniglot/, clothing/ and weights/. It is not part of the project: tests that need it skip
 where it is absent.
@@ -6,16 +6,15 @@ where it is absent.
 
 import csv
 import json
-import sys
 from pathlib import Path
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "real"
 MOBILENET = f"timm:mobilenetv2_035?pad_type=same&bn_eps=0.001&mean=0.5&std=0.5&crop_pct=1&interpolation=bilinear@{REAL}/weights/mobilenetv2_035.safetensors"
 
 
-def emoji(real: Path, split: str = "test"):
+def emoji(real: Path):
     """Concepts as labels, drawing styles as groups, keywords as captions, the name last."""
-    concepts = json.loads((real / "emoji" / "split.json").read_text())[split]
+    concepts = json.loads((real / "emoji" / "split.json").read_text())["test"]
     captions = json.loads((real / "emoji" / "captions.json").read_text())
     for concept in concepts:
         words = captions[concept]["captions"]
@@ -33,19 +32,13 @@ def omniglot(real: Path):
                 yield path, folder.name, alphabet, ""
 
 
-def clothing(real: Path, split: str = "test"):
+def clothing(real: Path):
     """Photos of clothes, their kind as label."""
-    for path in sorted((real / "clothing" / split).glob("*/*.jpg")):
+    for path in sorted((real / "clothing" / "test").glob("*/*.jpg")):
         yield path, path.parent.name, "", path.parent.name
 
 
-TABLES = {
-    "emoji": emoji,
-    "omniglot": omniglot,
-    "clothing": clothing,
-    "emoji_train": lambda real: emoji(real, "train"),
-    "clothing_train": lambda real: clothing(real, "train"),
-}
+TABLES = {"emoji": emoji, "omniglot": omniglot, "clothing": clothing}
 
 
 def write_table(name: str, out: Path, real: Path = REAL) -> Path:
@@ -57,8 +50,3 @@ def write_table(name: str, out: Path, real: Path = REAL) -> Path:
         writer.writerow(["path", "label", "group", "caption"])
         writer.writerows(TABLES[name](real))
     return out / f"{name}.csv"
-
-
-if __name__ == "__main__":
-    for name in TABLES:
-        print(write_table(name, Path(sys.argv[2]), Path(sys.argv[1])))

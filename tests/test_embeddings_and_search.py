@@ -307,10 +307,12 @@ def test_progress_says_how_much_is_left_and_stays_silent_for_short_work(capsys, 
     assert "100 images in 50 s" in capsys.readouterr().err
 
 
-def test_nothing_warns_on_a_normal_run(world, cache):
+def test_nothing_warns_on_a_normal_run_and_nothing_is_printed(world, cache, capsys):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         encoder = gu.load_encoder("mini", "cpu")
         embeddings = gu.embed_images(encoder, world)
         gu.search(embeddings, embeddings, 5, own=np.arange(len(embeddings)))
+        gu.search(embeddings, embeddings, 3, bias=gu.hub_bias(embeddings, embeddings, 3))
         gu.build_index(embeddings, "ivf")
+    assert capsys.readouterr() == ("", "")

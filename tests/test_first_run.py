@@ -3,7 +3,6 @@
 import ast
 import os
 import re
-import socket
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -147,31 +146,6 @@ def test_a_python_without_the_packages_is_told_how_to_get_them(course):
     result = subprocess.run(bare, cwd=course, capture_output=True, text=True)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert re.search("is not installed for .*make course.*notebooks/install.py.*notebooks/run.py", result.stderr)
-
-
-def test_a_port_that_is_taken_is_passed_over(tmp_path):
-    """`make lab` leaves this to JupyterLab, which names the next free port."""
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        command = [
-            sys.executable,
-            "-m",
-            "jupyterlab",
-            "--no-browser",
-            "--allow-root",
-            "--ip=127.0.0.1",
-            f"--port={port}",
-        ]
-        lab = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-        said = []
-        for line in lab.stderr:
-            said.append(line)
-            if "/lab?token=" in line:
-                break
-        lab.terminate()
-        lab.communicate()
-    assert any(f"The port {port} is already in use, trying another port" in line for line in said)
-    assert re.search(r"http://\S+:(\d+)/lab", said[-1])[1] != str(port)
 
 
 @pytest.mark.notebook

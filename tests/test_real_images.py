@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from conftest import run_here, value
 from real_tables import MOBILENET, REAL, write_table
 
 import gpnns_utils as gu
@@ -41,22 +42,15 @@ def test_search_across_drawing_styles_is_easier_than_within_all(tmp_path):
     assert gu.mean_average_precision(ranks).mean == pytest.approx(0.405, abs=0.008)
 
 
-@pytest.mark.notebook
-@pytest.mark.parametrize("name", ["emoji", "omniglot", "clothing"])
-def test_both_notebooks_run_on_real_images(name, tmp_path, results):
-    from test_notebooks import FOLDER, execute, value
-
-    profile, out = results
+@pytest.mark.parametrize(("name", "known"), [("emoji", 28.7), ("omniglot", 31.5), ("clothing", 48.2)])
+def test_both_notebooks_run_on_real_images(name, known, tmp_path, results):
     table = str(write_table(name, tmp_path))
-    search = {"profile": profile, "images": table, "encoder": MOBILENET}
-    execute(FOLDER / "01_search_images.ipynb", tmp_path / "01.ipynb", search, gu.HERE)
-    measure = {"profile": profile, "images": table, "encoders": f'["mini", "{MOBILENET}"]'}
-    execute(FOLDER / "02_benchmark_encoders.ipynb", tmp_path / "02.ipynb", measure, gu.HERE)
+    run_here("01", {"profile": results[0], "images": table, "encoder": MOBILENET})
+    run_here("02", {"profile": results[0], "images": table, "encoders": f'["mini", "{MOBILENET}"]'})
     wanted = {
         "model": "timm:mobilenetv2_035@mobilenetv2_035",
         "task": "image_to_image",
         "group": "all",
         "metric": "mAP",
     }
-    known = {"emoji": 28.7, "omniglot": 31.5, "clothing": 48.2}[name]
-    assert value(out, "02_benchmark_encoders", **wanted)["value"] == pytest.approx(known, abs=0.8)
+    assert value(results[1], "02_benchmark_encoders", **wanted)["value"] == pytest.approx(known, abs=0.8)

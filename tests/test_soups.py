@@ -1,18 +1,16 @@
 """Averaging weights: what notebook 05 defines, against other libraries, by hand, on files and on broken input."""
 
-import json
 import os
 import subprocess
 import sys
 
 import numpy as np
-import open_clip
 import pytest
 import torch
 from conftest import lift
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from scipy.spatial import geometric_slerp
 from sklearn.decomposition import PCA
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
@@ -357,28 +355,3 @@ def test_lists_of_names_are_read_from_text_and_json_once_each_without_blanks(tmp
     (tmp_path / "empty.txt").write_text("\n \n")
     with pytest.raises(ValueError, match="holds no names: put one on each line"):
         nb.read_names(str(tmp_path / "empty.txt"))
-
-
-# --- the way out ---
-
-
-def test_open_clip_loads_a_soup_of_training_checkpoints(tmp_path):
-    """As open_clip's own training writes them: under "state_dict", with the prefix of DistributedDataParallel."""
-    spec = gu.DATA / "mini_clip"
-    states = []
-    for i in range(2):
-        torch.manual_seed(i)
-        with gu.encoders.quiet_open_clip():
-            model = open_clip.create_model(f"local-dir:{spec}", load_weights=False)
-        states.append({key: value.clone() for key, value in model.state_dict().items()})
-        wrapped = {f"module.{key}": value for key, value in states[i].items()}
-        torch.save({"epoch": 1, "name": "run", "state_dict": wrapped}, tmp_path / f"epoch_{i}.pt")
-    soup = nb.average([nb.open_checkpoint(tmp_path / f"epoch_{i}.pt") for i in range(2)])
-    encoder = gu.load_encoder("mini")
-    gu.encoders.fill(encoder.model, soup, "soup")
-    path = gu.save_checkpoint(encoder, tmp_path / "soup", method="uniform")
-    assert json.loads(path.with_suffix(".json").read_text())["method"] == "uniform"
-    model.load_state_dict(load_file(path), strict=True)
-    for key, value in model.state_dict().items():
-        expected = (states[0][key].double() + states[1][key]) / 2 if value.is_floating_point() else states[0][key]
-        torch.testing.assert_close(value.double(), expected.double(), atol=1e-6, rtol=1e-6)

@@ -207,22 +207,9 @@ def measure_step(name: str, classes: int, repeats: int) -> dict:
     }
 
 
-def measure_beside(name: str, peer: str, classes: int, repeats: int) -> dict:
-    """The median ratio of two steps that take turns in one process."""
-    ours, theirs, ratios = make_step(name, classes), make_step(peer, classes), []
-    for number in range(repeats + 1):
-        start = time.perf_counter()
-        ours()
-        middle = time.perf_counter()
-        theirs()
-        if number:  # the first steps allocate the moments
-            ratios.append((middle - start) / (time.perf_counter() - middle))
-    return {"ratio": round(statistics.median(ratios), 3)}
-
-
 def arcmargin_step(repeats: int) -> dict:
-    """A step at 10 k, 100 k and 1 M classes x 512, batch 128, against pytorch-metric-learning. Ratios: to the product of
-    embeddings and all proxies, or, for "A / B", of A to B. `peak_mb` covers proxies, gradients, moments and the step;
+    """A step at 10 k, 100 k and 1 M classes x 512, batch 128, beside pytorch-metric-learning. Ratios: to the product of
+    embeddings and all proxies. `peak_mb` covers proxies, gradients, moments and the step;
     `kept_mb` what stays."""
     context = multiprocessing.get_context("spawn")
     results = {}
@@ -235,12 +222,6 @@ def arcmargin_step(repeats: int) -> dict:
             else:
                 with context.Pool(1) as pool:
                     results[key] = pool.apply(measure_step, (name, classes, repeats if classes < 10**6 else 3))
-            print(f"{key:44} {results[key]}", flush=True)
-        peers = {"full": "ArcFaceLoss", "sampled": "ArcFaceLoss", "full, 3 centers": "SubCenterArcFaceLoss"}
-        for name, peer in peers.items() if classes < 10**6 else ():  # two with a million do not fit into 24 GB
-            key = f"{classes:,} classes: {name} / {peer}"
-            with context.Pool(1) as pool:
-                results[key] = pool.apply(measure_beside, (name, peer, classes, repeats))
             print(f"{key:44} {results[key]}", flush=True)
     return results
 
