@@ -32,7 +32,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-import yaml
 from threadpoolctl import threadpool_limits
 from torch.utils.data import DataLoader, Dataset
 
@@ -49,11 +48,12 @@ HERE = Path(__file__).resolve().parent
 CHECKOUT = (HERE / "data" / "mini_world.py").exists()  # otherwise: installed by pip, the data lie beside this file
 DATA = HERE / "data" if CHECKOUT else HERE / "gpnns_data"
 
-# Files in these folders are submodules: gpnns_utils.datasets, gpnns_utils.encoders, gpnns_utils.training.
+# Files in these folders are submodules: gpnns_utils.datasets, gpnns_utils.training and so on.
 __path__ = [str(DATA), str(HERE / ("notebooks" if CHECKOUT else "gpnns_notebooks"))]
 ELSEWHERE = {
     "datasets": ("ImageSet", "text_queries", "load_splits", "split_classes", "load_published"),
     "encoders": ("Encoder", "add_head", "load_checkpoint", "save_checkpoint"),
+    "parameters": ("profile_parameters",),
     "training": (),
 }
 
@@ -66,6 +66,10 @@ def __getattr__(name: str):
         if name in names:
             return getattr(importlib.import_module(f"{__name__}.{module}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *ELSEWHERE, *(name for names in ELSEWHERE.values() for name in names)]
 
 
 # --- where are we ----------------------------------------------------------------------------------------------------
@@ -104,29 +108,6 @@ def setup(profile: str = "mini", seed: int = 0) -> Run:
     if where in switch and not torch.cuda.is_available():
         print(f"no GPU is switched on; for real encoders it saves hours: {switch[where]}")
     return run
-
-
-def profile_parameters(profile: str, notebook: str, given: dict) -> dict:
-    """What notebooks/profiles/<profile>.yml sets in a notebook, except where `given` differs from the default.
-
-    mini.yml holds the defaults, so a value equal to its default counts as left alone. A profile without a file sets
-    nothing: it is only a name for the results. Raises ValueError when a file sets what the notebook does not know.
-    """
-    folder = HERE / "notebooks" / "profiles"
-    known = sorted(path.stem for path in folder.glob("*.yml"))
-    if profile not in known:
-        print(f"profile {profile}: a name for results only; with parameters of their own: {', '.join(known)}")
-        return {}
-    values, defaults = (
-        yaml.safe_load((folder / f"{name}.yml").read_text(encoding="utf-8"))["notebooks"].get(notebook, {})
-        for name in (profile, "mini")
-    )
-    if unknown := values.keys() - defaults.keys():
-        raise ValueError(f"profiles/{profile}.yml sets {', '.join(sorted(unknown))}, which {notebook} does not know")
-    chosen = {name: value for name, value in values.items() if given[name] == defaults[name] != value}
-    if chosen:
-        print(f"profile {profile} sets " + ", ".join(f"{name} = {value!r}" for name, value in chosen.items()))
-    return chosen
 
 
 def best_device() -> torch.device:
@@ -245,6 +226,7 @@ def disk_error(path: Path, error: Exception, kept: str) -> OSError:
 def load_images(source: str | Path, split: str = "test") -> ImageSet:
     """Load "mini" (the drawn world), a data set by name, a folder, a table of images, or webdataset tars.
 
+    An ImageSet (data/datasets.py) holds images and what is known of them: labels, groups, captions, names of classes.
     Names and their splits: data/README.md. What is nowhere yet is downloaded, where its authors allow that. A name may
     bring a split of its own, "coco:validation", and several, "sop + cub", become one set.
     Folder: `label/file`, `group/label/file`, or just files (no labels). Equal labels in two groups are one class. A
@@ -264,7 +246,8 @@ def load_images(source: str | Path, split: str = "test") -> ImageSet:
 
 
 def load_encoder(spec: str, device: torch.device | str | None = None) -> Encoder:
-    """Load an encoder by name.
+    """Load an encoder by name: towers and their preprocessing, which turn images, and perhaps texts, into vectors of
+    `dim` numbers (Encoder, data/encoders.py; build one yourself for any other model).
 
     "mini" (the small CLIP of this course), "random" (the same before training), "pixels" (no model: 16 x 16 colors),
     "efficientnet_lite0" (trained on ImageNet, its weights come with the packages, so it needs no download),
@@ -420,7 +403,7 @@ class Decoded(Dataset):
 # --- neighbours ------------------------------------------------------------------------------------------------------
 
 BLOCK, TILE = 4096, 65_536  # gallery rows whose bias, and whose scores, are computed at a time
-METRICS = ("cosine", "inner", "l2", "hamming")
+METRICS = {"cosine": 0, "inner": 0, "l2": 1, "hamming": None}  # and the numbers that faiss has for them
 # numpy before 2, which Kaggle has installed, lacks it.
 vecdot = getattr(np, "vecdot", None) or (lambda a, b: np.einsum("nd,nd->n", a, b))
 
@@ -446,7 +429,7 @@ def checked(
         raise ValueError(f"{what} have {shape[1]} dimensions, the gallery {dim}; embed both with the same encoder")
     part = vectors[rows]
     part = part.detach().float().cpu().numpy() if isinstance(part, torch.Tensor) else part
-    part = np.ascontiguousarray(part, dtype=np.float32)
+    part = np.ascontiguousarray(part, dtype=np.float32).reshape(-1, shape[1])
     with np.errstate(over="ignore"):
         squares = vecdot(part, part)  # not finite where a row is not, and one pass over the data
     unfit = ~np.isfinite(squares) | ((squares == 0) & (metric == "cosine"))
@@ -495,19 +478,21 @@ def search(
     is subtracted from the scores, see `hub_bias`; an index must hold it already, see `with_bias`.
 
     The gallery may be of any size and number type, on disk too: it is read in tiles. Rows of equal score come in their
-    order, but which of several that tie for place k are found is not settled. Raises ValueError for what cannot be
-    searched.
+    order (not from an index, nor for hamming), but which of several that tie for place k are found is not settled.
+    Raises ValueError for what cannot be searched.
     """
     if metric not in METRICS:
-        raise ValueError(f"unknown metric {metric!r}; choose {', '.join(METRICS[:-1])} or {METRICS[-1]}")
+        raise ValueError(f"unknown metric {metric!r}; choose cosine, inner, l2 or hamming")
     if np.ndim(queries) == 2 and len(queries) == 0:
         return np.empty((0, k), np.float32), np.empty((0, k), np.int64)
-    checked(gallery, "the gallery", metric, rows=slice(0, 1))
+    checked(gallery, "the gallery", metric, rows=slice(0, 0))  # its shape: rows are checked as they are read
     queries = checked(queries, "queries", metric, np.shape(gallery)[1])
     check_k(k, len(gallery) - (own is not None), "gallery images")
     if bias is not None and (index is not None or metric not in ("cosine", "inner")):
         index_of = "build the index from with_bias(gallery, bias) and ask it with_bias(queries), metric='inner'"
         raise ValueError(f"a bias belongs to exact search with the metrics cosine and inner; else {index_of}")
+    if own is not None and np.shape(own) != (len(queries),):
+        raise ValueError(f"own needs one row number, or -1, for each of {len(queries)} queries, not {np.shape(own)}")
     reach = k + (own is not None)
     if index is None:
         scores, rows = exact_search(queries, gallery, reach, metric, bias, "the gallery")
@@ -517,33 +502,32 @@ def search(
         if (index.ntotal, index.d) != (n, d):  # faiss itself would answer wrongly or abort
             found = f"{index.ntotal} rows of {index.d} dimensions"
             raise ValueError(f"the index holds {found}, the gallery {n} of {d}; build it from this gallery")
-        if metric != "hamming" and index.metric_type != measure_of(metric):
+        if metric != "hamming" and index.metric_type != METRICS[metric]:
             raise ValueError(f"the index was not built for the metric {metric}; build_index(gallery, kind, {metric!r})")
         scores, rows = index.search(binary_codes(queries) if metric == "hamming" else queries, reach)
         scores = np.sqrt(np.maximum(scores, 0)) if metric == "l2" else scores
     if own is None:
         return scores, rows
-    if np.shape(own) != (len(queries),):
-        raise ValueError(f"own needs one row number, or -1, for each of {len(queries)} queries, not {np.shape(own)}")
     # The query's own row goes where it is found; where something else pushed it out, the last neighbour goes.
     is_own = (rows == np.asarray(own)[:, None]) & (rows >= 0)
     is_own[~is_own.any(axis=1), -1] = True
     return scores[~is_own].reshape(len(rows), k), rows[~is_own].reshape(len(rows), k)
 
 
-def measure_of(metric: str) -> int:
-    """faiss's number for a metric of ours that is not hamming; cosines are inner products of unit rows."""
+def get_faiss():
+    """faiss, which on macOS meets torch's own copy of OpenMP in the process; they get along with one thread."""
     import faiss
 
-    return faiss.METRIC_L2 if metric == "l2" else faiss.METRIC_INNER_PRODUCT
+    if sys.platform == "darwin":
+        faiss.omp_set_num_threads(1)
+    return faiss
 
 
 def exact_search(
     queries: Array, gallery: Array, k: int, metric: str, bias: Array | None, what: str
 ) -> tuple[Array, Array]:
     """The k nearest of all rows, for queries that are checked already; faiss computes, one tile of the gallery at a time."""
-    import faiss
-
+    faiss = get_faiss()
     if metric == "hamming":
         tiles = [slice(first, first + TILE) for first in range(0, len(gallery), TILE)]
         codes = [binary_codes(checked(gallery, what, metric, rows=rows)) for rows in tiles]
@@ -557,7 +541,7 @@ def exact_search(
         tile = checked(gallery, what, metric, rows=slice(first, first + size))
         if bias is not None:
             tile = np.hstack([tile, bias[first : first + size, None]])
-        scores, rows = faiss.knn(queries, tile, min(k, len(tile)), metric=measure_of(metric))
+        scores, rows = faiss.knn(queries, tile, min(k, len(tile)), metric=METRICS[metric])
         best.add_result(scores, rows + first)
     best.finalize()
     scores, rows = best.D, best.I
@@ -590,13 +574,14 @@ def reference_means(gallery: Array, references: Array, ks: Sequence[int], metric
     """
     if metric not in ("cosine", "inner"):
         raise ValueError(f"a bias and its references need the metric cosine or inner, not {metric!r}")
-    checked(gallery, "the gallery", metric, rows=slice(0, 1))
-    checked(references, "references", metric, np.shape(gallery)[1], slice(0, 1))
+    checked(gallery, "the gallery", metric, rows=slice(0, 0))
+    checked(references, "references", metric, np.shape(gallery)[1], slice(0, 0))
     for k in ks:
         check_k(k, len(references), "references")
     means = np.empty((len(ks), len(gallery)), np.float32)
-    for first in range(0, len(gallery), BLOCK):
-        rows = slice(first, first + BLOCK)
+    size = max(1, min(BLOCK, 2**22 // max(ks)))  # all scores of a block are held
+    for first in range(0, len(gallery), size):
+        rows = slice(first, first + size)
         block = checked(gallery, "the gallery", metric, rows=rows)
         scores, _ = exact_search(block, references, max(ks), metric, None, "references")
         means[:, rows] = np.cumsum(scores, axis=1).T[np.array(ks) - 1] / np.float32(ks)[:, None]
@@ -619,8 +604,7 @@ def build_index(gallery: Array, kind: str = "hnsw", metric: str = "cosine") -> f
 
     Binary codes are so cheap to compare that with the metric "hamming" every kind is exact.
     """
-    import faiss
-
+    faiss = get_faiss()
     if kind not in ("flat", "hnsw", "ivf") or metric not in METRICS:
         raise ValueError(f"no index {kind!r} for {metric!r}; choose flat, hnsw or ivf, and {', '.join(METRICS)}")
     gallery = checked(gallery, "the gallery", metric)
@@ -630,7 +614,7 @@ def build_index(gallery: Array, kind: str = "hnsw", metric: str = "cosine") -> f
     else:
         cells = max(1, int(np.sqrt(n)))
         recipes = {"flat": "Flat", "hnsw": "HNSW32,Flat", "ivf": f"IVF{cells},Flat"}
-        index = faiss.index_factory(d, recipes[kind], measure_of(metric))
+        index = faiss.index_factory(d, recipes[kind], METRICS[metric])
         if kind == "ivf":
             index.cp.min_points_per_centroid = 1  # small galleries are fine here, no need for faiss to warn
             index.nprobe = max(1, cells // 10)

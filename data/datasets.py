@@ -470,7 +470,7 @@ def common_folder(rows: list[dict]) -> Path:
 
 
 def ground_truth(name: str) -> list[dict]:
-    """For each image of split "query" a dict of rows of split "gallery": "easy", "hard", "junk", as revisited_map takes.
+    """For each image of split "query" a dict of rows of split "gallery": "easy", "hard", "junk", as revisited_map of notebook 07 takes.
 
     Revisited Oxford and Paris: as their authors judged. Google Landmarks: all relevant images are under "easy". Other
     data sets with a query and a gallery split: images that share a class, under "easy", the same file under "junk".
@@ -1273,9 +1273,10 @@ def extract(archive: Path, folder: Path) -> None:
             return
         raw.seek(0)
         with tarfile.open(fileobj=raw, mode="r:*") as packed:
+            packed.extraction_filter = getattr(tarfile, "data_filter", lambda member, _: member)  # since Python 3.11.4
             for member in packed:
                 refuse(archive, member.name, not (member.isfile() or member.isdir()))
-                packed.extract(member, folder, filter="data")
+                packed.extract(member, folder)
                 progress.update(raw.tell() // 2**20)
 
 

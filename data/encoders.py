@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import re
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
 
 import gpnns_utils as gu
@@ -347,23 +349,25 @@ def load_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
     Training checkpoints are unwrapped ("state_dict", "model") and the prefixes of DistributedDataParallel (`module.`)
     and torch.compile (`_orig_mod.`) are taken off. Raises FileNotFoundError, or ValueError when it is no state dict.
     """
-    import timm
-
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path.absolute()}")
-    try:
-        state = timm.models.load_state_dict(str(path), use_ema=False, weights_only=True)
-    except AttributeError:  # timm asks for the names of something that has none
-        state = None
+    try:  # not by timm: its older versions fall back to pickles that can run code, and none maps large files
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"{path} is not a readable checkpoint of plain tensors ({reason}). If you trust it, convert it to safetensors first"
         ) from error
+    for key in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
     if not isinstance(state, dict) or not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise ValueError(f"{path} holds no state dict (a dict of tensors, perhaps under 'state_dict')")
-    return {plain_name(key): value for key, value in state.items()}  # older timm knows one order of prefixes only
+    return {plain_name(key): value for key, value in state.items()}
 
 
 def plain_name(key: str) -> str:

@@ -357,7 +357,7 @@ def fit(
     workers = gu.decoders(dataset.images) if isinstance(dataset, TrainingImages) else 0
     loader = DataLoader(Repeatable(dataset, seed), batch_sampler=share, num_workers=workers)
     progress = gu.Progress(last * batch_size, "training", done=first * batch_size)
-    losses, started, picture = [], time.time(), None
+    losses, started, picture, drawn = [], time.time(), None, 0.0
     set_training(objective)
     for number, (rows, batch) in enumerate(loader, first):
         schedule.step_update(step)
@@ -390,9 +390,12 @@ def fit(
             progress.update(step * accumulate * batch_size)
             if log and log[-1]["step"] == step:
                 write_log(log, folder)
-                picture = draw_training(log, picture) if draw and (checking or step == steps) else picture
+                if draw and time.time() - drawn > 5:  # a figure takes as long as a step or two
+                    picture, drawn = draw_training(log, picture), time.time()
         if step % save_every == 0 or step == steps:
             save_state(accelerator, folder, step)
+    if draw and accelerator.is_main_process:
+        draw_training(log, picture)
     accelerator.wait_for_everyone()
     accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
     accelerator.free_memory()
@@ -483,6 +486,8 @@ def training_key(objective: torch.nn.Module, dataset: Repeatable, groups: list, 
     plain = (bool, int, float, str, tuple, type(None))  # settings that a module keeps to itself, such as dropout rates
     modules = [{k: v for k, v in vars(m).items() if isinstance(v, plain)} for m in objective.eval().modules()]
     digest = hashlib.blake2b(repr([settings, about, modules, repr(objective)]).encode(), digest_size=6)
+    if not hasattr(dataset.dataset, "describe"):
+        raise ValueError("the data set needs describe(): bytes that change when its items do, to tell trainings apart")
     digest.update(gu.encoders.weights_digest(objective) + dataset.dataset.describe())
     count = len(dataset.dataset)  # some items and their loss tell changes of code, which nothing above would show
     rows = np.linspace(0, count - 1, min(count, 8)).astype(int)
@@ -525,7 +530,8 @@ def resume(accelerator: accelerate.Accelerator, folder: Path) -> tuple[int, list
         return 0, []
     accelerator.load_state(str(found[-1]))
     step = int(found[-1].name.removeprefix("step_"))
-    lines = (folder / "log.jsonl").read_text().splitlines()
+    written = folder / "log.jsonl"  # not there yet when checkpoints come before the first row
+    lines = written.read_text().splitlines() if written.exists() else []
     return step, [row for row in map(json.loads, lines) if row["step"] <= step]
 
 
@@ -555,7 +561,8 @@ def clip_gradients(accelerator, objective: torch.nn.Module, clip: float) -> torc
     The encoder and the proxies apart, as GP-NNS does, but after the scale of half precision is taken off.
     """
     accelerator.unscale_gradients()
-    parts = [list(child.parameters()) for child in objective.children()] + [list(objective.parameters(recurse=False))]
+    parts = [child.parameters() for child in objective.children()] + [objective.parameters(recurse=False)]
+    parts = [[value for value in part if value.grad is not None] for part in parts]  # what is frozen has none
     return torch.stack([torch.nn.utils.clip_grad_norm_(part, clip) for part in parts if part]).max()
 
 
@@ -563,17 +570,18 @@ def validated(accelerator, objective, average: ModelEmaV3 | None, validate: Call
     """validate() of the averaged weights if there are any, which are kept when it is the best so far; computed by the
     first process, known to all."""
     objective.eval()
-    own = {key: value.clone() for key, value in objective.state_dict().items()} if average else None
-    if average:
-        objective.load_state_dict(average.module.state_dict())
-    value = broadcast_object_list([validate() if accelerator.is_main_process else None])[0]
-    if not np.isfinite(value):
-        raise ValueError("validation gave no score; at least two classes with two images each are needed to measure on")
-    best = max((row["validation"] for row in log if "validation" in row), default=-np.inf)
-    if value > best and accelerator.is_main_process:
-        gu.encoders.save_weights(objective, folder / "best.safetensors")
-    if average:
-        objective.load_state_dict(own)
+    own = {key: value.clone() for key, value in objective.state_dict().items()} if average else {}
+    try:
+        if average:
+            objective.load_state_dict(average.module.state_dict())
+        value = broadcast_object_list([validate() if accelerator.is_main_process else None])[0]
+        if not np.isfinite(value):
+            raise ValueError("validation gave no score; measure on at least two classes with two images each")
+        best = max((row["validation"] for row in log if "validation" in row), default=-np.inf)
+        if value > best and accelerator.is_main_process:
+            gu.encoders.save_weights(objective, folder / "best.safetensors")
+    finally:
+        objective.load_state_dict(own or objective.state_dict())
     set_training(objective)
     return float(value)
 

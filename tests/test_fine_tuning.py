@@ -788,3 +788,21 @@ def test_two_processes_give_the_weights_of_one_with_the_same_global_batch(tmp_pa
     one, two = load_file(tmp_path / "one.safetensors"), load_file(tmp_path / "two.safetensors")
     for key in one:
         assert torch.allclose(one[key].float(), two[key].float(), atol=1e-4), key
+
+
+def test_a_run_whose_checkpoints_come_before_its_first_row_of_the_log_goes_on(tmp_path):
+    assert gu.training.resume(SimpleNamespace(load_state=lambda folder: None), tmp_path) == (0, [])
+    (tmp_path / "step_00000300").mkdir()
+    assert gu.training.resume(SimpleNamespace(load_state=lambda folder: None), tmp_path) == (300, [])
+
+
+def test_a_part_that_is_frozen_has_no_gradient_to_clip():
+    """Its norm would lie on the CPU, whatever the device of the others."""
+    objective = torch.nn.ModuleDict({"tower": torch.nn.Linear(4, 4), "loss": torch.nn.Linear(4, 4, device="meta")})
+    objective["tower"].weight.grad = torch.ones(4, 4)
+    assert gu.training.clip_gradients(Accelerator(cpu=True), objective, 1.0).item() == pytest.approx(4)
+
+
+def test_a_data_set_that_cannot_be_told_from_another_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="the data set needs describe"):
+        fit_line(tmp_path, torch.utils.data.TensorDataset(torch.ones(64, 2), torch.ones(64)))

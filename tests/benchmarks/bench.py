@@ -431,8 +431,6 @@ def plain_untar(archive: Path, folder: Path) -> None:
 def libraries(repeats: int) -> dict:
     """What a library does for the course, as CPU time beside the few lines of ours that it stands for: below 1 it is
     faster. `nnn_build` and `nnn_search` measure the search itself."""
-    import torch
-
     rng = np.random.default_rng(0)
     score, clusters = gu.Score(rng.random(12_000)), np.repeat(np.arange(1200), 10)
     counts = rng.poisson(10, 50_000)
@@ -443,7 +441,6 @@ def libraries(repeats: int) -> dict:
         with tarfile.open(folder / "photos.tar", "w") as packed:
             for path in sorted(folder.glob("*.jpg")):
                 packed.add(path, path.name)
-        torch.save({"state_dict": gu.load_encoder("mini").model.state_dict()}, folder / "mini.pt")
         pairs = {
             "interval: scipy.stats.bootstrap": (
                 lambda: score.interval(clusters),
@@ -452,10 +449,6 @@ def libraries(repeats: int) -> dict:
             "skewness: scipy.stats.skew": (
                 lambda: scipy.stats.skew(counts),
                 lambda: ((counts - counts.mean()) ** 3).mean() / counts.std() ** 3,
-            ),
-            "checkpoint: timm.models.load_state_dict": (
-                lambda: gu.load_checkpoint(folder / "mini.pt"),
-                lambda: torch.load(folder / "mini.pt", map_location="cpu", weights_only=True, mmap=True)["state_dict"],
             ),
             "unpacking: tarfile's filter": (
                 lambda: gu.datasets.extract(folder / "photos.tar", folder / "a"),
