@@ -1203,15 +1203,6 @@ def test_an_archive_with_another_layout_than_expected_is_said(server, data, tmp_
         gu.load_images("cub")
 
 
-def test_progress_of_a_download_shows_size_and_time_left(server, tmp_path, monkeypatch):
-    shown = []
-    monkeypatch.setattr(
-        gu.Progress, "update", lambda self, done: (setattr(self, "done", done), shown.append(repr(self)))
-    )
-    ds.download([server.url], tmp_path / "a.bin")
-    assert shown[0].startswith("downloading a.bin: 1 of 2 MB, ") and shown[0].endswith("s left")
-
-
 # --- tables and webdataset tars ---
 
 

@@ -119,17 +119,6 @@ def test_the_order_of_csls_is_that_of_half_the_mean():
         assert spearmanr(scores[order], -np.arange(300)).statistic > 1 - 1e-6
 
 
-def test_an_alpha_of_zero_changes_nothing():
-    rng = np.random.default_rng(2)
-    gallery, queries = unit(rng, 50, 8), unit(rng, 9, 8)
-    plain, corrected = (
-        gu.search(queries, gallery, 5),
-        gu.search(queries, gallery, 5, bias=gu.hub_bias(gallery, queries, 3, 0)),
-    )
-    np.testing.assert_array_equal(plain[0], corrected[0])
-    np.testing.assert_array_equal(plain[1], corrected[1])
-
-
 def test_a_hub_loses_its_place_and_hubness_falls():
     rng = np.random.default_rng(3)
     images, text_side = unit(rng, 1000, 32), np.eye(32, dtype=np.float32)[0]
