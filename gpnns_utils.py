@@ -434,12 +434,12 @@ def checked(
         squares = vecdot(part, part)  # not finite where a row is not, and one pass over the data
     unfit = ~np.isfinite(squares) | ((squares == 0) & (metric == "cosine"))
     if unfit.any():
-        first, broken = int(np.argmax(unfit)), (~np.isfinite(part).all(axis=1)).sum()
+        first = int(np.argmax(unfit))
         trouble = "is too long for float32; scale the vectors down"
         if squares[first] == 0:
             trouble = "is zero and has no direction; leave that image out"
         elif not np.isfinite(part[first]).all():
-            trouble = f"holds NaN or infinite values ({broken} of {len(part)} rows do); embed in float32, or leave out"
+            trouble = "holds NaN or infinite values; embed in float32, or leave that image out"
         raise ValueError(f"{what}: row {(rows.start or 0) + first} {trouble}")
     if metric != "cosine" or np.allclose(squares, 1, atol=2e-6):
         return part

@@ -103,6 +103,10 @@ def render(copy: Path, source: Path) -> None:
         if cell.cell_type == "code":
             count += 1
             cell.execution_count = count
+            # How long something took, or that it was not in the cache, a reader need not know.
+            cell.outputs = [
+                o for o in cell.outputs if not o.get("data", {}).get("text/html", "").startswith("<progress")
+            ]
             for output in cell.outputs:
                 if "execution_count" in output:
                     output.execution_count = count

@@ -341,7 +341,8 @@ def fit(
     groups = freeze_the_rest(objective, groups)
     settings = [steps, batch_size, accumulate, warmup, lr_min, clip, ema, seed, validate_every]
     settings += [accelerator.mixed_precision, None if balance is None else np.asarray(balance).tolist()]
-    folder = Path(folder) / training_key(objective, Repeatable(dataset, seed), groups, settings)
+    repeatable = Repeatable(dataset, seed)
+    folder = Path(folder) / training_key(objective, repeatable, groups, settings)
     check_shared(accelerator, folder)
 
     optimizer = torch.optim.AdamW(groups)
@@ -355,7 +356,7 @@ def fit(
     process, processes = accelerator.process_index, accelerator.num_processes
     share = batches(len(dataset), batch_size, first, last, seed, balance, process, processes)
     workers = gu.decoders(dataset.images) if isinstance(dataset, TrainingImages) else 0
-    loader = DataLoader(Repeatable(dataset, seed), batch_sampler=share, num_workers=workers)
+    loader = DataLoader(repeatable, batch_sampler=share, num_workers=workers)
     progress = gu.Progress(last * batch_size, "training", done=first * batch_size)
     losses, started, picture, drawn = [], time.time(), None, 0.0
     set_training(objective)
@@ -570,7 +571,7 @@ def validated(accelerator, objective, average: ModelEmaV3 | None, validate: Call
     """validate() of the averaged weights if there are any, which are kept when it is the best so far; computed by the
     first process, known to all."""
     objective.eval()
-    own = {key: value.clone() for key, value in objective.state_dict().items()} if average else {}
+    own = {key: value.clone() for key, value in objective.state_dict().items()} if average else None
     try:
         if average:
             objective.load_state_dict(average.module.state_dict())
@@ -581,7 +582,8 @@ def validated(accelerator, objective, average: ModelEmaV3 | None, validate: Call
         if value > best and accelerator.is_main_process:
             gu.encoders.save_weights(objective, folder / "best.safetensors")
     finally:
-        objective.load_state_dict(own or objective.state_dict())
+        if average:
+            objective.load_state_dict(own)
     set_training(objective)
     return float(value)
 
