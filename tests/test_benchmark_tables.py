@@ -7,12 +7,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import open_clip
-import papermill as pm
 import pytest
 import test_datasets as in_small
 import timm
 import torch
-from conftest import lift
+from conftest import FOLDER, execute, lift, run_here, text_of
 from PIL import Image
 from sklearn.metrics import average_precision_score
 from sklearn.neighbors import KNeighborsClassifier
@@ -138,16 +137,13 @@ def test_lists_with_or_without_the_query_and_of_any_whole_numbers_are_taken(two,
         assert two.load_neighbours(saved(tmp_path / "lists.npy", lists), photos).tolist() == lists.tolist()
 
 
-@pytest.mark.notebook
 def test_notebook_02_scores_the_files_of_another_program_like_its_own_encoder(folder, photos, tmp_path, results, cache):
     profile, out = results
     vectors = gu.embed_images(gu.load_encoder("pixels"), photos)
     mine = {"profile": profile, "images": str(folder), "encoders": "pixels", "dimensions": 4}
     mine["embeddings"] = saved(tmp_path / "theirs.npy", 3 * vectors.astype(np.float16))
     mine["indices"] = saved(tmp_path / "ranked.npy", nearest_first(vectors))
-    notebook = gu.HERE / "notebooks" / "02_benchmark_encoders.ipynb"
-    run = {"kernel_name": "python3", "cwd": str(gu.HERE), "progress_bar": False}
-    pm.execute_notebook(notebook, tmp_path / "o.ipynb", mine, **run)
+    run_here("02", mine)
     rows = json.loads((out / "02_benchmark_encoders.json").read_text())["rows"]
     for metric in ("mAP", "mAP (self included)"):
         values = {r["model"]: r["value"] for r in rows if r["metric"] == metric and r["group"] == "all"}
@@ -552,16 +548,12 @@ def test_the_notebook_measures_the_part_of_a_paper_that_is_there_and_says_what_i
     for name in {column[1].split(":")[0] for column in lift("07").gpnns_columns()} - {"imagenet"}:
         in_small.BUILDERS[name](data / name)  # too small to be the real ones, but for Adience, which has no counts
     parameters = {"profile": profile, "table": "gpnns", "encoders": ["mini", "pixels"]}
-    notebook = gu.HERE / "notebooks" / "07_reproduce_papers.ipynb"
-    run = {"kernel_name": "python3", "cwd": str(gu.HERE), "progress_bar": False}
-    done = pm.execute_notebook(notebook, tmp_path / "o.ipynb", parameters, **run)
+    said = text_of(execute(FOLDER / "07_reproduce_papers.ipynb", tmp_path / "o.ipynb", parameters))
     written = json.loads((out / "07_reproduce_papers.json").read_text())
     assert written["headline"] == "gpnns: 2 of 30 cells"
     assert {(row["model"], row["split"], row["metric"]) for row in written["rows"]} == {
         (model, "adience", "mAP (self included)") for model in ("mini", "pixels")
     }, "and no AVG"
-    outputs = [output for cell in done.cells for output in cell.get("outputs", [])]
-    said = json.dumps([output for output in outputs if "image/png" not in output.get("data", {})])
     assert "over 1 of 15" in said and "expected 5,924 images and found 4" in said
     assert "ImageNet (ILSVRC2012) was not found" in said and not re.search(r"\bnan\b", said)
 
