@@ -11,7 +11,6 @@ that only some readers need are imported where they are used.
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import html
 import importlib
@@ -33,7 +32,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from threadpoolctl import threadpool_limits
-from torch.utils.data import DataLoader, Dataset
 
 if TYPE_CHECKING:
     import faiss
@@ -52,6 +50,7 @@ DATA = HERE / "data" if CHECKOUT else HERE / "gpnns_data"
 __path__ = [str(DATA), str(HERE / ("notebooks" if CHECKOUT else "gpnns_notebooks"))]
 ELSEWHERE = {
     "datasets": ("ImageSet", "text_queries", "load_splits", "split_classes", "load_published"),
+    "own_images": (),
     "encoders": ("Encoder", "add_head", "load_checkpoint", "save_checkpoint"),
     "parameters": ("profile_parameters",),
     "training": (),
@@ -230,11 +229,13 @@ def load_images(source: str | Path, split: str = "test") -> ImageSet:
     Names and their splits: data/README.md. What is nowhere yet is downloaded, where its authors allow that. A name may
     bring a split of its own, "coco:validation", and several, "sop + cub", become one set.
     Folder: `label/file`, `group/label/file`, or just files (no labels). Equal labels in two groups are one class. A
-    subfolder named like `split` is used when there is one, and `captions.json` maps labels to lists of captions.
-    Table (.csv, .tsv, .parquet): columns `path` and, if known, `label`, `group`, `caption` (several: separated by `|`),
-    `split`; paths are relative to the table. Tars: one .tar, or a folder of them. Images of folders, tables and tars are
-    sorted by path, those of data sets as their lists are, so that rows do not depend on the file system.
+    subfolder named like `split` (also `val`, `valid`) is used where subfolders are splits, and `captions.json` maps
+    labels, or names of files, to lists of captions. Table (.csv, .tsv, .parquet): columns `path` and, if known, `label`,
+    `group`, `caption` (several: separated by `|`, or one line each), `split`; paths are relative to the table. Tars: one
+    .tar, or a folder of them. Images of folders, tables and tars are sorted by path, those of data sets as their lists
+    are, so that rows do not depend on the file system.
 
+    Prints one line that says what was taken as what; files that cannot be read are named in `left_out`.
     Raises FileNotFoundError for what is nowhere, ValueError for what cannot be understood.
     """
     from gpnns_utils import datasets
@@ -251,7 +252,7 @@ def load_encoder(spec: str, device: torch.device | str | None = None) -> Encoder
 
     "mini" (the small CLIP of this course), "random" (the same before training), "pixels" (no model: 16 x 16 colors),
     "efficientnet_lite0" (trained on ImageNet, its weights come with the packages, so it needs no download),
-    "open_clip:ARCHITECTURE/TAG", "timm:NAME", "gpnns:ViT-B@file.pth" (the GP-NNS release format).
+    "open_clip:ARCHITECTURE/TAG" (the tag "random" for untrained weights), "timm:NAME", "gpnns:ViT-B@file.pth" (the GP-NNS release format).
     `@file` behind a name takes the weights from a file: "mini@tuned.safetensors", "open_clip:ViT-B-16/openai@epoch_3.pt"
     (the tag then only says what the file was tuned from, which decides preprocessing and activation).
     Settings that a timm model was trained with follow a question mark:
@@ -268,7 +269,6 @@ def load_encoder(spec: str, device: torch.device | str | None = None) -> Encoder
 # --- embeddings ------------------------------------------------------------------------------------------------------
 
 SHARD = 1024  # images per cache file: what a killed run can lose
-EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # errors of a machine short of file handles or memory
 
 
 def embed_images(encoder: Encoder, images: ImageSet, batch_size: int = 128, cache: bool = True) -> Array:
@@ -286,17 +286,19 @@ def embed_images(encoder: Encoder, images: ImageSet, batch_size: int = 128, cach
         raise ValueError(f"{images.name}: there are no images to embed")
 
     def compute(rows: list[list[int]]):
-        decoded = Decoded(images, encoder.preprocess)
-        for batch in DataLoader(decoded, batch_sampler=rows, num_workers=decoders(images), collate_fn=list):
-            features = np.full((len(batch), encoder.dim), np.nan, dtype=np.float32)  # NaN marks an unreadable image
-            readable = [i for i, image in enumerate(batch) if image is not None]
+        from gpnns_utils import datasets
+
+        in_worker, on_device = encoder.in_two_parts()
+        read = datasets.Decoded(images, in_worker)
+        for size, readable, pixels in datasets.from_workers(read, rows, datasets.decoders(images), datasets.stacked):
+            features = np.full((size, encoder.dim), np.nan, dtype=np.float32)  # NaN marks an unreadable image
             if readable:
-                pixels = torch.stack([batch[i] for i in readable]).to(encoder.device)
+                pixels = on_device(torch.from_numpy(pixels).to(encoder.device))
                 features[readable] = run_tower(encoder, encoder.image_tower, pixels)
             yield features
 
     if cache:
-        digests = [images.digest(row) for row in range(len(images))]
+        digests = images.digests()
         label = f"embedding {images.name} with {encoder.name}"
         embeddings = embed_in_shards(encoder, digests, batch_size, compute, label, "images")
     else:
@@ -331,11 +333,6 @@ def embed_texts(encoder: Encoder, texts: Sequence[str], batch_size: int = 256, c
 def consecutive(count: int, size: int) -> list[list[int]]:
     """The rows 0 to count - 1 in batches of `size`."""
     return [list(range(start, min(start + size, count))) for start in range(0, count, size)]
-
-
-def decoders(images: ImageSet) -> int:
-    """How many processes should decode: none for arrays and for a handful of files."""
-    return 0 if isinstance(images.images, np.ndarray) or len(images) < 64 else min(8, os.cpu_count() or 1)
 
 
 def run_tower(encoder: Encoder, tower: Callable, batch) -> Array:
@@ -382,22 +379,6 @@ def read_shard(path: Path, dim: int) -> Array | None:
             return shard
     warnings.warn(f"{path} is damaged and is computed again", stacklevel=2)
     return None
-
-
-class Decoded(Dataset):
-    """Preprocessed images by row; None for one that cannot be read."""
-
-    def __init__(self, images: ImageSet, preprocess: Callable):
-        self.images, self.preprocess = images, preprocess
-
-    def __getitem__(self, row: int) -> torch.Tensor | None:
-        try:
-            image = self.images[row]
-        except Exception as error:  # a decoder may raise anything on broken data
-            if isinstance(error, MemoryError) or getattr(error, "errno", None) in EXHAUSTED:
-                raise  # the machine's trouble, not the file's: stop, and go on later
-            return None
-        return self.preprocess(image)
 
 
 # --- neighbours ------------------------------------------------------------------------------------------------------
@@ -455,6 +436,25 @@ def checked_bias(bias: Array, size: int) -> Array:
     return bias
 
 
+def row_numbers(rows: Sequence, size: int, what: str, none: bool = False) -> Array:
+    """Rows of something that has `size` of them, given as numbers or as a boolean mask; with `none`, -1 stands for no row.
+
+    Raises ValueError for anything else, where numpy would count -1 from the end, take a mask for zeros and ones, and
+    cut 2.7 to 2.
+    """
+    rows = np.asarray(rows)
+    if rows.dtype == bool and rows.shape == (size,):
+        return np.flatnonzero(rows)
+    if rows.size == 0 and rows.ndim == 1:
+        return np.empty(0, dtype=np.int64)
+    if rows.ndim != 1 or rows.dtype.kind not in "iu":
+        raise ValueError(f"{what} must be row numbers, or a mask of {size} entries, not {rows.dtype} {rows.shape}")
+    if rows.min() < -none or rows.max() >= size:
+        wrong = rows[(rows < -none) | (rows >= size)][0]
+        raise ValueError(f"{what} hold {wrong}, which is no row of {size}; leave out what is not there")
+    return rows[rows >= 0] if none else rows
+
+
 def check_k(k: int, available: int, what: str) -> None:
     if not isinstance(k, (int, np.integer)) or not 1 <= k <= available:
         raise ValueError(f"k={k} neighbours cannot be found among {available} {what}; choose k from 1 to {available}")
@@ -493,6 +493,10 @@ def search(
         raise ValueError(f"a bias belongs to exact search with the metrics cosine and inner; else {index_of}")
     if own is not None and np.shape(own) != (len(queries),):
         raise ValueError(f"own needs one row number, or -1, for each of {len(queries)} queries, not {np.shape(own)}")
+    if own is not None:
+        row_numbers(
+            np.asarray(own).astype(int) if np.asarray(own).dtype == bool else own, len(gallery), "own", none=True
+        )
     reach = k + (own is not None)
     if index is None:
         scores, rows = exact_search(queries, gallery, reach, metric, bias, "the gallery")
@@ -691,8 +695,8 @@ def rank_relevant(
     Every score below is a function of these ranks. No list is ever sorted: the rank of a row is the number of rows
     that score at least as high, counted while the matrix product of unit rows passes by in small blocks.
 
-    relevant: for each query, the gallery rows to find. leave_out: for each query, rows that do not take part: the
-    query itself, junk (-1 for none); they are taken out of `relevant` too. ties: "group" ranks rows of equal score at the end of
+    relevant: for each query, the gallery rows to find, as numbers or as a mask over the gallery. leave_out: for each
+    query, rows that do not take part: the query itself, junk (-1 for none); they are taken out of `relevant` too. ties: "group" ranks rows of equal score at the end of
     their group, as scikit-learn does; "optimistic" and "pessimistic" put the relevant ones first or last, which
     bounds what any order of ties can give. bias: (gallery,) is subtracted from the scores, see `hub_bias`.
     """
@@ -712,9 +716,11 @@ def rank_relevant(
         found = []
         for query, row in enumerate(scores, start):
             if leave_out is not None:
-                absent = np.asarray(leave_out[query], dtype=int)
-                row[absent[absent >= 0]] = -np.inf
-            wanted = row[np.unique(np.asarray(relevant[query], dtype=int))]  # one that is listed twice counts once
+                row[
+                    row_numbers(leave_out[query], len(row), f"the rows that query {query} leaves out", none=True)
+                ] = -np.inf
+            rows = row_numbers(relevant[query], len(row), f"the relevant rows of query {query}")
+            wanted = row[np.unique(rows)]  # one that is listed twice counts once
             found.append(count_ranks(row, wanted if leave_out is None else wanted[wanted > -np.inf], ties))
         return found
 
@@ -930,10 +936,12 @@ def show_neighbors(
     for i, query in enumerate(queries):
         judged = [None] * len(rows[i]) if right is None else right[i]
         first = [] if isinstance(query, str) else [query]
-        lines.append(first + [gallery[row] for row in rows[i]])
+        found = [j for j, row in enumerate(rows[i]) if row >= 0]  # an index may find fewer, and says -1
+        judged = [judged[j] for j in found]
+        lines.append(first + [gallery[rows[i][j]] for j in found])
         frames.append([None] * len(first) + [None if good is None else RIGHT if good else WRONG for good in judged])
         marks = ["" if good is None else "✓ " if good else "✗ " for good in judged]
-        numbers = [""] * len(marks) if scores is None else [form.format(score) for score in scores[i]]
+        numbers = [""] * len(marks) if scores is None else [form.format(scores[i][j]) for j in found]
         titles.append(["query"] * len(first) + [mark + number for mark, number in zip(marks, numbers, strict=True)])
     return show_images(lines, titles, frames, texts if any(texts) else ())
 

@@ -1,16 +1,18 @@
-"""Images by name: where data sets lie, how they are fetched, how the layout of their authors is read; and own files.
+"""Images by name: where data sets lie, how they are fetched, how the layout of their authors is read.
 
-`gpnns_utils.load_images(source, split)` calls `load`. What differs from one data set to the next is in datasets.toml; a
+`gpnns_utils.load_images(source, split)` calls `load`; own_images.py reads what has no name. What differs from one data set to the next is in datasets.toml; a
 layout that no reader below understands yet is one more function in READERS. Each data set has a folder of its own name
 in one of the folders of the environment variable GPNNS_DATA (several: separated as in PATH), or in .cache/datasets.
 
-a set of images -> the table -> where data lie -> loading -> splits -> the papers' tables -> layouts -> downloads -> archives
+a set of images -> reading with several processes -> the table -> where data lie -> loading -> splits -> the papers' tables -> layouts -> downloads -> archives
 """
 
 from __future__ import annotations
 
+import collections
 import csv
 import difflib
+import errno
 import gzip
 import hashlib
 import http.client
@@ -30,12 +32,15 @@ import urllib.request
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
+from torch.utils.data import DataLoader, Dataset
 
 import gpnns_utils as gu
 
@@ -55,9 +60,11 @@ class ImageSet:
     """Images and what is known about them. All fields but `names` have one entry per image.
 
     images: list of paths, or uint8 array (n, height, width, 3). labels: int64 (n,) class numbers. groups: (n,) domain
-    names. captions: n lists of strings. names: class number -> readable name. left_out: files that could not be read.
-    crops: int (n, 4), the part that counts of each picture file: left, top, right, bottom in pixels; a right or bottom
-    below 1 counts from the other edge.
+    names. captions: n lists of strings (a single string is taken as a list of one). names: class number -> readable
+    name. left_out: files that could not be read, each with the reason. crops: int (n, 4), the part that counts of each
+    picture file: left, top, right, bottom in pixels; a right or bottom below 1 counts from the other edge.
+
+    Raises ValueError for fields that do not belong together.
     """
 
     name: str
@@ -68,6 +75,31 @@ class ImageSet:
     names: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     crops: np.ndarray | None = None
+
+    def __post_init__(self):
+        if isinstance(self.images, (str, Path)):
+            raise ValueError(f"images must be a list of paths, not {self.images!r}; load_images reads a folder")
+        if isinstance(self.images, np.ndarray) and (self.images.dtype != np.uint8 or self.images.shape[3:] != (3,)):
+            raise ValueError(
+                f"{self.name}: an array of images is uint8 (n, height, width, 3), not {self.images.dtype} {self.images.shape}"
+            )
+        for part in PER_IMAGE[1:]:
+            values = getattr(self, part)
+            if isinstance(values, str) or (values is not None and len(values) != len(self)):
+                raise ValueError(f"{self.name}: {part} needs one entry for each of {len(self)} images")
+        if self.labels is not None:
+            self.labels = np.asarray(self.labels)
+            if self.labels.dtype.kind not in "iu" or (len(self) and self.labels.min() < 0):
+                raise ValueError(
+                    f"{self.name}: labels are class numbers from 0, not {self.labels.dtype} such as {self.labels[0]!r}; "
+                    "names, labels = np.unique(texts, return_inverse=True) makes them from texts"
+                )
+            if self.names and len(self) and self.labels.max() >= len(self.names):
+                raise ValueError(f"{self.name}: label {self.labels.max()} has no name; there are {len(self.names)}")
+        if self.captions is not None:
+            self.captions = [[one] if isinstance(one, str) else list(one or []) for one in self.captions]
+            if wrong := [one for some in self.captions for one in some if not isinstance(one, str)]:
+                raise ValueError(f"{self.name}: captions are lists of strings for each image, not {wrong[0]!r}")
 
     def __len__(self) -> int:
         return len(self.images)
@@ -80,11 +112,12 @@ class ImageSet:
 
     def describe(self, row: int) -> str:
         """Where an image comes from, for messages: its path, or its row."""
-        return f"row {row} of {self.name}" if isinstance(self.images, np.ndarray) else str(self.images[row])
+        array = isinstance(self.images, np.ndarray)
+        return f"row {row} of {self.name}" if array else gu.own_images.printable(self.images[row])
 
     def subset(self, rows: Sequence[int] | np.ndarray) -> ImageSet:
-        """The images of `rows` (numbers, or a boolean mask) as a new set."""
-        rows = np.arange(len(self))[np.asarray(rows)]
+        """The images of `rows` (numbers, or a boolean mask) as a new set. ValueError for rows that are not there."""
+        rows = gu.row_numbers(rows, len(self), "rows")
         parts = {part: values for part in PER_IMAGE if (values := getattr(self, part)) is not None}
         parts = {k: v[rows] if isinstance(v, np.ndarray) else [v[i] for i in rows] for k, v in parts.items()}
         return replace(self, **parts, left_out=list(self.left_out))
@@ -99,8 +132,17 @@ class ImageSet:
                 crop = "" if self.crops is None else repr(self.crops[row].tolist())
                 content = Path(image).read_bytes() + crop.encode()
         except OSError:
-            content = f"unreadable {image}".encode()
+            content = b"unreadable " + os.fsencode(image)
         return hashlib.blake2b(content, digest_size=16).digest()
+
+    def digests(self) -> list[bytes]:
+        """`digest` of every image. Files are read by several threads: a disk, or a network, answers many at once."""
+        progress, found = gu.Progress(len(self), f"reading {self.name}"), []
+        with ThreadPoolExecutor(8) as pool:
+            for digest in pool.map(self.digest, range(len(self))):
+                found.append(digest)
+                progress.update(len(found))
+        return found
 
     def leave_out(self, rows: np.ndarray) -> None:
         """Take out images that cannot be read, and say so once: in `left_out`, and in a warning."""
@@ -149,6 +191,74 @@ def open_image(path: Path, crop: Sequence[int] | None = None) -> Image.Image:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
+
+
+# --- reading with several processes ----------------------------------------------------------------------------------
+
+EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # errors of a machine short of file handles or memory
+
+
+class Decoded(Dataset):
+    """Preprocessed images by row; None for one that cannot be read."""
+
+    def __init__(self, images: ImageSet, preprocess: Callable):
+        self.images, self.preprocess = images, preprocess
+
+    def __getitem__(self, row: int) -> torch.Tensor | None:
+        try:
+            image = self.images[row]
+        except Exception as error:  # a decoder may raise anything on broken data
+            if isinstance(error, MemoryError) or getattr(error, "errno", None) in EXHAUSTED:
+                raise  # the machine's trouble, not the file's: stop, and go on later
+            return None
+        return self.preprocess(image)
+
+
+def stacked(items: list[torch.Tensor | None]) -> tuple[int, list[int], np.ndarray | None]:
+    """A batch of `Decoded`: its size, which of its images were readable, and those as one array."""
+    readable = [i for i, item in enumerate(items) if item is not None]
+    return len(items), readable, torch.stack([items[i] for i in readable]).numpy() if readable else None
+
+
+def decoders(images: ImageSet) -> int:
+    """How many processes should decode: none for arrays and for a handful of files."""
+    return 0 if isinstance(images.images, np.ndarray) or len(images) < 64 else min(8, os.cpu_count() or 1)
+
+
+def from_workers(dataset: Dataset, batches: Iterable, workers: int, collate: Callable) -> Iterator:
+    """What `collate` makes of the items of each batch, in order, read by worker processes; 0 for this one.
+
+    collate must return numpy arrays, which travel through pipes. torch would put every tensor into shared memory, of
+    which Docker gives 64 MB in all, and keep a file open for it. Where workers cannot be started or are lost, half as
+    many go on where they were, and at last this process alone, with the same results and a warning.
+    """
+    batches, asked = iter(batches), collections.deque()
+
+    def draw(again: list) -> Iterator:
+        yield from again
+        for batch in batches:
+            asked.append(batch)
+            yield batch
+
+    while True:
+        try:
+            loader = DataLoader(dataset, batch_sampler=draw(list(asked)), num_workers=workers, collate_fn=collate)
+            for items in loader:
+                asked.popleft()
+                yield items
+            return
+        except (OSError, RuntimeError, MemoryError) as error:
+            of_an_item = "in DataLoader worker process" in str(error) and type(error) is RuntimeError
+            if workers == 0 or of_an_item:
+                raise
+            workers, lost = workers // 2, workers
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+            warnings.warn(
+                f"{lost} processes that read images could not go on ({reason}); going on with {workers or 'this one alone'}. "
+                "They need memory, open files (see `ulimit -n`) and, in a container, some shared memory (docker run "
+                "--shm-size=1g)",
+                stacklevel=2,
+            )
 
 
 # --- the table -------------------------------------------------------------------------------------------------------
@@ -228,10 +338,40 @@ def find_below(top: Path, markers: list[list[str]], depth: int = 4) -> Path | No
     return None
 
 
+SYSTEM = {  # folders that file managers, archives and network disks add to every other
+    "__MACOSX", "@eaDir", "#recycle", "@Recycle", "#snapshot", "$RECYCLE.BIN", "RECYCLER", "System Volume Information",
+    "lost+found", "__pycache__",
+}  # fmt: skip
+
+
+def is_hidden(name: str) -> bool:
+    return name.startswith(".") or name in SYSTEM
+
+
+def walk(top: Path) -> tuple[list[Path], list[str]]:
+    """All files below a folder by path, also behind symbolic links; and what is passed over: hidden folders, those of
+    the system, those that may not be opened, and links that lead back up."""
+    found, passed = [], []
+
+    def closed(error: OSError) -> None:
+        passed.append(f"{os.path.relpath(error.filename, top)} ({error.strerror})")
+
+    for folder, below, names in os.walk(top, onerror=closed, followlinks=True):
+        found += [Path(folder, name) for name in names if not is_hidden(name)]
+        here = os.path.realpath(folder)
+        for name in sorted(below):
+            path = os.path.join(folder, name)
+            upwards = os.path.islink(path) and (here + os.sep).startswith(os.path.realpath(path) + os.sep)
+            if is_hidden(name) or upwards:
+                passed.append(os.path.relpath(path, top) + (" (a link upwards)" if upwards else ""))
+                below.remove(name)
+    return sorted(found), passed
+
+
 def subfolders(folder: Path) -> list[Path]:
     """The visible folders in a folder, by name."""
     with os.scandir(folder) as entries:
-        names = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith((".", "__MACOSX")))
+        names = sorted(e.name for e in entries if e.is_dir() and not is_hidden(e.name))
     return [folder / name for name in names]
 
 
@@ -244,10 +384,7 @@ def images_in(folder: Path) -> list[Path]:
 
 def images_below(folder: Path) -> list[Path]:
     """The image files in a folder and all its subfolders, by path."""
-    found = []
-    for top, _, names in os.walk(folder, followlinks=True):
-        found += [Path(top, name) for name in names if is_image(name)]
-    return sorted(found)
+    return [path for path in walk(folder)[0] if is_image(path.name)]
 
 
 def is_image(name: str) -> bool:
@@ -258,25 +395,64 @@ def is_image(name: str) -> bool:
 
 
 def load(source: str | Path, split: str = "test") -> ImageSet:
-    """The images that `source` names, as `gpnns_utils.load_images` describes them.
+    """The images that `source` names, as `gpnns_utils.load_images` describes them; prints what was taken as what.
 
     Raises FileNotFoundError for what is nowhere, ValueError for what cannot be understood.
     """
+    notes = []
+    parts = [part.strip().partition(":") for part in str(source).split(" + ")]
     if str(source) == "mini":
         from gpnns_utils import mini_world
 
         report = gu.Progress(0, f"drawing mini world, {split}").update
-        return ImageSet(name=f"mini {split}", **mini_world.load_split(split, gu.cache_folder(), report=report))
-    parts = [part.strip().partition(":") for part in str(source).split(" + ")]
-    if all(name in TABLE for name, _, _ in parts):
-        return ImageSet(**load_all([(name, own or split) for name, _, own in parts]))
-    name, source = str(source), Path(source).expanduser()
-    if not source.exists():
-        raise FileNotFoundError(
-            f"no folder or table of images at {source.absolute()}; give a path, 'mini' for the drawn world, or the name of a "
-            f"data set{suggest(name, list(TABLE))}"
-        )
-    return ImageSet(**load_own(source, split))
+        images = ImageSet(name=f"mini {split}", **mini_world.load_split(split, gu.cache_folder(), report=report))
+    elif all(name in TABLE for name, _, _ in parts) and not is_own(source, split):
+        images = ImageSet(**load_all([(name, own or split) for name, _, own in parts]))
+    else:
+        fields, notes = load_own(Path(source).expanduser(), split)
+        images = ImageSet(**fields)
+    print(summary(images, notes))
+    return images
+
+
+def is_own(source: str | Path, split: str) -> bool:
+    """Whether a name of a data set means a folder of one's own, which it does when one lies here under that name."""
+    place = Path(source)
+    if not place.is_dir():
+        return False
+    found = find(str(source), split)
+    if found is None or isinstance(source, Path):
+        return True
+    if place.resolve() in (found.resolve(), *found.resolve().parents):
+        return False  # the data set itself lies there
+    raise ValueError(
+        f"{str(source)!r} is a folder here, and a data set that was found at {found}; write './{source}' for the folder, "
+        f"or rename it"
+    )
+
+
+def summary(images: ImageSet, notes: Sequence[str] = ()) -> str:
+    """One line that says what a set holds, how it was understood, and what was left out."""
+
+    def count(number: int, one: str, many: str) -> str:
+        return f"{number:,} {one if number == 1 else many}"
+
+    parts = [count(len(images), "image", "images")]
+    if images.labels is not None:
+        parts.append(count(len(np.unique(images.labels)), "class", "classes"))
+    if images.groups is not None:
+        parts.append(count(len(np.unique(images.groups)), "group", "groups"))
+    if images.captions is not None:
+        parts.append(count(sum(map(len, images.captions)), "caption", "captions"))
+    parts += ["no labels"] if images.labels is None and images.captions is None else []
+    line = f"{images.name}: {', '.join([*parts, *notes[:1]])}"
+    for note in notes[1:]:
+        line += f"; {note}"
+    if images.left_out:
+        more = f" and {len(images.left_out) - 3} more" if len(images.left_out) > 3 else ""
+        files = count(len(images.left_out), "file", "files")
+        line += f"; {files} left out: {', '.join(images.left_out[:3])}{more}"
+    return line
 
 
 def load_named(name: str, split: str = "test") -> dict:
@@ -332,79 +508,25 @@ def load_all(parts: Sequence[tuple[str, str]]) -> dict:
     }
 
 
-def load_own(source: Path, split: str) -> dict:
-    """The fields of an ImageSet for images of one's own: a folder, a table or a tar, as `load_images` describes them.
-
-    Raises ValueError for what is none of them, for no images, and when only some of them have labels.
-    """
-    if source.is_dir():
-        rows = own_folder(source, split)
-    elif source.suffix.lower() in (".csv", ".tsv", ".parquet"):
-        rows = own_table(source, split)
-    elif source.suffix.lower() == ".tar":
-        rows = read_shards([source])
-    else:
-        raise ValueError(f"{source} is neither a folder, a .csv, .tsv or .parquet table, nor a .tar")
-    rows.sort(key=lambda row: str(row["path"]))
-    labels = [row.get("label") or "" for row in rows]
-    names, numbers = np.unique(labels, return_inverse=True)
-    names = names[names != ""].tolist()
-    if names and "" in labels:
-        raise ValueError(
-            f"{source}: {labels.count('')} of {len(rows)} images have no label, for example {rows[labels.index('')]['path']}; give every image one, or none"
+def load_own(source: Path, split: str) -> tuple[dict, list[str]]:
+    """The fields of an ImageSet for images of one's own, and notes on how they were understood (own_images.py)."""
+    if not source.exists():
+        raise FileNotFoundError(
+            f"no folder or table of images at {source.absolute()}; give a path, 'mini' for the drawn world, or the name of "
+            f"a data set{suggest(str(source), list(TABLE))}"
         )
+    rows, left_out, notes = gu.own_images.read(source, split)
+    names, numbers = np.unique([row.get("label") or "" for row in rows], return_inverse=True)
     groups, captions = [row.get("group") or "" for row in rows], [row.get("captions") or [] for row in rows]
     return {
-        "name": source.stem,
+        "name": gu.own_images.printable(source.absolute().name if source.is_dir() else source.stem),
         "images": [row["path"] for row in rows],
-        "labels": numbers if names else None,
+        "labels": numbers if names.any() else None,
         "groups": np.array(groups) if any(groups) else None,
         "captions": captions if any(captions) else None,
-        "names": names,
-    }
-
-
-def own_folder(folder: Path, split: str) -> list[dict]:
-    """One dict per image file below `folder`, with label and group from the names of its folders."""
-    top = folder / split if (folder / split).is_dir() else folder
-    paths = [path for path in top.rglob("*") if is_image(path.name)]
-    if not paths and (shards := list(top.glob("*.tar"))):
-        return read_shards(shards)
-    if not paths:
-        raise ValueError(f"no images below {top.absolute()} (looked for {', '.join(sorted(SUFFIXES))})")
-    rows = []
-    for path in paths:
-        *above, label = path.relative_to(top).parts[:-1] or ("",)
-        rows.append({"path": path, "label": label, "group": "/".join(above)})
-    if (folder / "captions.json").exists():
-        captions = json.loads((folder / "captions.json").read_text(encoding="utf-8"))
-        for row in rows:
-            row["captions"] = captions.get(row["label"], [])
-    return rows
-
-
-def own_table(table: Path, split: str) -> list[dict]:
-    """One dict per line of a table: .csv or .tsv, whose first line names its columns, or .parquet."""
-    if table.suffix.lower() == ".parquet":
-        try:
-            from pyarrow.parquet import read_table as read_parquet
-        except ImportError as error:
-            raise ImportError(f"{table} needs pyarrow (pip install pyarrow); or save the table as .csv") from error
-        lines = read_parquet(table).to_pylist()
-        rows = [{key: "" if value is None else str(value) for key, value in line.items()} for line in lines]
-    else:
-        with open(table, encoding="utf-8-sig", newline="") as file:  # -sig: spreadsheets write a mark first
-            rows = list(csv.DictReader(file, delimiter="\t" if table.suffix.lower() == ".tsv" else ","))
-    if not rows or "path" not in rows[0]:
-        raise ValueError(f"{table} needs a first line with a column named 'path' and at least one image below it")
-    if "split" in rows[0]:
-        rows = [row for row in rows if row["split"] == split]
-        if not rows:
-            raise ValueError(f"{table} has a column 'split' but no image in split {split!r}")
-    for row in rows:
-        row["path"] = table.parent / row["path"]
-        row["captions"] = [c.strip() for c in (row.get("caption") or "").split("|") if c.strip()]
-    return rows
+        "names": names.tolist() if names.any() else [],
+        "left_out": left_out,
+    }, notes
 
 
 def read(name: str, split: str) -> tuple[list[dict], list[str] | None]:
@@ -529,31 +651,138 @@ def split_classes(images: ImageSet, share: float, seed: int = 0) -> tuple[ImageS
     return images.subset(~held), images.subset(held)
 
 
-def load_splits(train_images: str | Path, test_images: str | Path = "", seed: int = 0) -> tuple[ImageSet, ...]:
-    """Labelled images to learn from, to choose on and to measure on: three sets without a class in common.
+@dataclass
+class Splits:
+    """What `load_splits` gives: images to learn from, and twice queries and the gallery that they search.
 
-    "mini" brings its own three. Of other images a tenth of the classes is cut off to choose on and, without
-    `test_images`, a fifth to measure on. Raises ValueError without labels, for too few classes, and when classes of
-    `test_images` are trained on.
+    question "open": things that were never trained on, where all images of a part search each other (queries is gallery,
+    and a query leaves itself out). question "closed": other pictures of the things that are trained on, which search the
+    training images; labels of all sets then mean the same classes.
+    """
+
+    question: str
+    train: ImageSet
+    validation: tuple[ImageSet, ImageSet]
+    test: tuple[ImageSet, ImageSet]
+
+    def open_sets(self) -> tuple[ImageSet, ImageSet, ImageSet]:
+        """Train, validation and test of an open question. ValueError for a closed one."""
+        if self.question == "closed":
+            raise ValueError(
+                f"{self.test[0].name} shows the classes that are trained on, so it asks for things known (closed); here they must "
+                "be others (open): give images of other classes, or none, so that classes are cut off"
+            )
+        return self.train, self.validation[0], self.test[0]
+
+
+def load_splits(train_images: str | Path, test_images: str | Path = "", seed: int = 0) -> Splits:
+    """Labelled images to learn from, to choose on and to measure on; prints which question they answer.
+
+    "mini" brings its own three parts. Of others, those to measure on are `test_images`, or the split "test" of
+    `train_images` where it has one, or else a fifth of the classes, cut off. When they show none of the classes that are
+    trained on the question is open, when they show only those it is closed: can new pictures of known things be found?
+    To choose on serves a split "validation" that asks the same, or else a tenth of the classes (open) or of the images
+    (closed) is cut off.
+
+    Raises ValueError without labels, for too few classes, for a test that mixes both questions, and when a picture of a
+    closed test is trained on.
     """
     train = load(train_images, "train")
-    if train_images == "mini":
+    if str(train_images) == "mini":
         if test_images:
             raise ValueError("test_images belong to train_images of your own; the drawn world brings its test")
-        return train, load("mini", "validation"), load("mini", "test")
-    if train.labels is None:
-        raise ValueError(f"{train_images} {NO_LABELS}")
-    if test_images:
-        test = load(test_images, "test")
-        if test.labels is None or (np.unique(test.labels, return_counts=True)[1] > 1).sum() < 2:
-            raise ValueError(f"{test_images} needs labels and at least two classes with two images each, to measure on")
-        if shared := sorted(set(test.names) & set(train.names)):
-            raise ValueError(
-                f"{len(shared)} classes are trained on and measured on, for example {shared[0]}: take them out of one"
-            )
+        validation, test = load("mini", "validation"), load("mini", "test")
     else:
-        train, test = split_classes(train, 0.2, seed)
-    return *split_classes(train, 0.1, seed), test
+        if train.labels is None:
+            raise ValueError(f"{train_images} {NO_LABELS}")
+        test = load(test_images, "test") if test_images else load_beside(train_images, "test")
+        validation = load_beside(train_images, "validation")
+        if test is None:
+            train, test = split_classes(train, 0.2, seed)
+    if test.labels is None:
+        raise ValueError(f"{test.name} {NO_LABELS}")
+    drawn = str(train_images) == "mini"  # whose classes have the same names in every part, and are others
+    question = "open" if drawn else question_of(train, test)
+    if not drawn and validation and (validation.labels is None or question_of(train, validation, "") != question):
+        print(f"{validation.name} does not ask the same ({question}) as {test.name}, and is left aside")
+        validation = None
+    if question == "open":
+        if (np.unique(test.labels, return_counts=True)[1] > 1).sum() < 2:
+            raise ValueError(f"{test.name} needs at least two classes with two images each, to measure on")
+        if validation is None:
+            train, validation = split_classes(train, 0.1, seed)
+        splits = Splits(question, train, (validation, validation), (test, test))
+        how = f"{len(np.unique(test.labels))} classes that are not trained on; their images search each other"
+    else:
+        test = check_apart(with_labels_of(train, test), train)
+        if validation is None:
+            train, validation = split_images(train, 0.1, seed)
+        else:
+            validation = check_apart(with_labels_of(train, validation), train)
+        splits = Splits(question, train, (validation, train), (test, train))
+        how = (
+            f"{len(test):,} other images of classes that are trained on; they search the {len(train):,} training images"
+        )
+    print(f"the question is {question}: {how}")
+    return splits
+
+
+def load_beside(source: str | Path, split: str) -> ImageSet | None:
+    """Another split of the same source, or None where it has none."""
+    if all(part.strip().partition(":")[0] in TABLE for part in str(source).split(" + ")) and not Path(source).exists():
+        known = " + " not in str(source) and ":" not in str(source) and split in TABLE[str(source)]["splits"]
+        return load(source, split) if known else None
+    return load(source, split) if gu.own_images.has_split(Path(source).expanduser(), split) else None
+
+
+def question_of(train: ImageSet, other: ImageSet, mixed: str | None = None) -> str:
+    """ "open" when two sets share no class, "closed" when the second shows only classes of the first, else `mixed`, or a
+    ValueError."""
+    shown = {other.names[label] for label in np.unique(other.labels)}
+    known = {train.names[label] for label in np.unique(train.labels)}
+    shared = sorted(shown & known)
+    if not shared or shared == sorted(shown):
+        return "closed" if shared else "open"
+    if mixed is None:
+        raise ValueError(
+            f"{len(shared)} of the {len(shown)} classes of {other.name} are trained on, for example {shared[0]}, and others are "
+            f"not, for example {min(shown - known)}: ask for known things (closed) or for new ones (open), not for both at once"
+        )
+    return mixed
+
+
+def with_labels_of(train: ImageSet, other: ImageSet) -> ImageSet:
+    """The other set with the class numbers of the first, whose classes hold all of its own."""
+    numbers = {name: number for number, name in enumerate(train.names)}
+    return replace(other, labels=np.array([numbers[other.names[label]] for label in other.labels]), names=train.names)
+
+
+def check_apart(other: ImageSet, train: ImageSet) -> ImageSet:
+    """The other set; ValueError when a picture of it is in the first: it would find itself."""
+    known = dict(zip(train.digests(), range(len(train)), strict=True))
+    twice = [(row, known[digest]) for row, digest in enumerate(other.digests()) if digest in known]
+    if twice:
+        raise ValueError(
+            f"{len(twice)} of {len(other)} images of {other.name} are also trained on, for example {other.describe(twice[0][0])} as "
+            f"{train.describe(twice[0][1])}: each would find itself; take them out of one"
+        )
+    return other
+
+
+def split_images(images: ImageSet, share: float, seed: int = 0) -> tuple[ImageSet, ImageSet]:
+    """Cut off `share` of the images, of classes that keep at least one: (the rest, those). ValueError when there are none."""
+    left, cut = np.bincount(images.labels), []
+    for row in np.random.default_rng(seed).permutation(len(images)):
+        if left[images.labels[row]] > 1 and len(cut) < max(2, round(share * len(images))):
+            left[images.labels[row]] -= 1
+            cut.append(row)
+    if len(cut) < 2:
+        raise ValueError(
+            f"{images.name} has one image for nearly every class, so that none can be set apart to choose on; add images, or a "
+            "folder 'validation' with others beside 'train'"
+        )
+    held = np.isin(np.arange(len(images)), cut)
+    return images.subset(~held), images.subset(held)
 
 
 # --- the papers' tables ----------------------------------------------------------------------------------------------
@@ -593,10 +822,11 @@ def lines_of(path: Path) -> list[list[str]]:
 
 def read_json(path: Path):
     """The content of a .json file; ValueError names a damaged one."""
+    text = gu.own_images.read_text(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(text)
     except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); get it again") from error
+        raise ValueError(f"{path} is damaged ({error}); correct it, or get it again") from error
 
 
 def read_csv(path: Path) -> Iterator[dict]:
@@ -711,25 +941,44 @@ def read_cub(folder: Path, split: str, entry: dict):
 
 
 def read_cars(folder: Path, split: str, entry: dict):
-    """Cars196: `car_ims/` with one list, or `cars_train/` and `cars_test/` with one list each."""
-    if (folder / "cars_annos.mat").exists():
-        lists = [(folder, read_mat(folder / "cars_annos.mat"))]
-        names = lists[0][1]["class_names"]
-    else:
-        test = first_of(folder, "cars_test_annos_withlabels.mat", "devkit/cars_test_annos_withlabels.mat")
-        lists = [
-            (folder / "cars_train", read_mat(folder / "devkit" / "cars_train_annos.mat")),
-            (folder / "cars_test", read_mat(test)),
+    """Cars196: `car_ims/` with one list; `cars_train/` and `cars_test/` (on Kaggle each in another of that name) with one
+    list each; or `car_data/`, classes as folders, as pytorch-metric-learning has it."""
+    if (folder / "car_ims").is_dir():
+        content = read_mat(folder / "cars_annos.mat")
+        images = [
+            (folder / str(row["relative_im_path"]), row["class"]) for row in np.atleast_1d(content["annotations"])
         ]
-        names = read_mat(folder / "devkit" / "cars_meta.mat")["class_names"]
+        names = content["class_names"]
+    elif (folder / "names.csv").exists():
+        names = [name.strip() for name in gu.own_images.text_lines(folder / "names.csv")]
+        images = [image for part in ("train", "test") for image in cars_by_class(folder, part)]
+    else:
+        devkit = first_of(folder, "devkit", "car_devkit/devkit")
+        tests = [path for place in (folder, devkit) for path in sorted(place.glob("cars_test_annos_withlabels*.mat"))]
+        if not tests:
+            raise ValueError(
+                f"{entry['title']}: cars_test_annos_withlabels.mat is in neither {folder} nor {devkit}; many copies lack it, "
+                "and cars_test_annos.mat has no classes. Get it, and put it into either"
+            )
+        images = []
+        for part, path in (("cars_train", devkit / "cars_train_annos.mat"), ("cars_test", tests[0])):
+            top = first_of(folder, f"{part}/{part}", part)
+            images += [(top / str(row["fname"]), row["class"]) for row in np.atleast_1d(read_mat(path)["annotations"])]
+        names = read_mat(devkit / "cars_meta.mat")["class_names"]
     rows = []
-    for top, content in lists:
-        for image in np.atleast_1d(content["annotations"]):
-            kind = "train" if int(image["class"]) <= entry["train_classes"] else "test"
-            path = top / str(image.get("relative_im_path", image.get("fname")))
-            rows.append({"path": path, "split": kind, "label": str(names[int(image["class"]) - 1])})
+    for path, number in images:
+        kind = "train" if int(number) <= entry["train_classes"] else "test"
+        rows.append({"path": path, "split": kind, "label": str(names[int(number) - 1])})
     check_listed(rows, split, entry)
     return rows, None
+
+
+def cars_by_class(folder: Path, part: str) -> list[tuple[Path, str]]:
+    """(image, class number) of anno_train.csv or anno_test.csv, whose lines are: file, four edges of a box, class."""
+    top = first_of(folder, f"car_data/car_data/{part}", f"car_data/{part}")
+    paths = {path.name: path for path in images_below(top)}
+    lines = [line.strip().split(",") for line in gu.own_images.text_lines(folder / f"anno_{part}.csv") if line.strip()]
+    return [(paths.get(cells[0], top / cells[0]), cells[5]) for cells in lines]
 
 
 def read_sop(folder: Path, split: str, entry: dict):
@@ -844,8 +1093,15 @@ def objectnet_in_imagenet() -> dict[str, list[int]]:
 
 
 def read_karpathy(folder: Path, split: str, entry: dict):
-    """COCO and Flickr30k: Karpathy's list of images, each with its split and captions, of which the first five count."""
-    content = read_json(first_of(folder, entry["list"], f"caption_datasets/{entry['list']}"))
+    """COCO and Flickr30k: Karpathy's list of images, each with its split and captions, of which the first five count; or
+    the lists of one split each that CLIP_benchmark makes of it."""
+    own_list = folder / entry["list_of_split"].format({"validation": "val"}.get(split, split))
+    whole = first_of(folder, entry["list"], f"caption_datasets/{entry['list']}")
+    if not whole.exists() and own_list.exists():
+        rows = clip_benchmark_list(own_list, split, first_of(folder, *entry["folders"], "."))
+        check_listed(rows, split, entry | {"unlisted": "any"})
+        return rows, None
+    content = read_json(whole)
     top = first_of(folder, *entry["folders"])
     kinds = {part: kind for kind, parts in entry["parts"].items() for part in parts}
     rows = []
@@ -858,11 +1114,31 @@ def read_karpathy(folder: Path, split: str, entry: dict):
     return rows, None
 
 
+def clip_benchmark_list(path: Path, split: str, top: Path) -> list[dict]:
+    """Images and captions of coco_test_karpathy.json (in COCO's own form) or of flickr30k_test_karpathy.txt (a line for
+    each caption: image,caption)."""
+    captions: dict[str, list[str]] = {}
+    if path.suffix == ".json":
+        content = read_json(path)
+        place = {
+            one["id"]: f"{'val' if 'val2014' in one['file_name'] else 'train'}2014/{one['file_name']}"
+            for one in content["images"]
+        }
+        told = [(place[one["image_id"]], one["caption"]) for one in content["annotations"]]
+    else:
+        lines = [line.partition(",") for line in list(gu.own_images.text_lines(path))[1:] if line.strip()]
+        told = [(name.strip(), gu.own_images.unquoted(caption.strip())) for name, _, caption in lines]
+    for name, caption in told:
+        captions.setdefault(name, []).append(" ".join(caption.split()))
+    return [{"path": top / name, "split": split, "captions": texts[:5]} for name, texts in captions.items()]
+
+
 def read_in_shop(folder: Path, split: str, entry: dict):
-    """In-Shop: `img/WOMEN/Dresses/id_00000002/02_1_front.jpg` and one list of image, item and split."""
+    """In-Shop: `img/WOMEN/Dresses/id_00000002/02_1_front.jpg` and one list of image, item and split; or `img_highres/`,
+    the same pictures in large, as OML has them."""
     lines = lines_of(first_of(folder, "list_eval_partition.txt", "Eval/list_eval_partition.txt"))
-    top = folder if (folder / "img").is_dir() else folder / "Img"
-    rows = [{"path": top / path, "split": kind, "label": item} for path, item, kind in lines[2:]]
+    top = first_of(folder, "img", "Img/img", "img_highres", "Img/img_highres")
+    rows = [{"path": top / path.removeprefix("img/"), "split": kind, "label": item} for path, item, kind in lines[2:]]
     if len(rows) != int(lines[0][0]):
         raise ValueError(
             f"{entry['title']}: the list says {int(lines[0][0]):,} images and has {len(rows):,}; get it again"
@@ -984,45 +1260,6 @@ READERS = {
     "inaturalist2021": read_inaturalist2021,
     "uned": read_uned,
 }
-
-
-def read_shards(shards: Sequence[Path]) -> list[dict]:
-    """Rows for `load_images` from webdataset tars: files with the same name up to the first point are one sample.
-
-    The image of a sample is a .jpg, .png ...; its label is in .cls or under "label" in .json, its captions are the
-    lines of .txt or under "caption" in .json. The tars are unpacked once, into the cache.
-    """
-    shards = sorted(Path(shard).absolute() for shard in shards)
-    about = repr([(str(shard), shard.stat().st_size, shard.stat().st_mtime_ns) for shard in shards])
-    folder = gu.cache_folder() / "shards" / hashlib.blake2b(about.encode(), digest_size=8).hexdigest()
-    rows = []
-    for i, shard in enumerate(shards):
-        target = folder / f"{i:05d}_{shard.stem}"
-        if not target.exists():
-            unpack(shard, target)
-        samples: dict[str, dict[str, Path]] = {}
-        for path in sorted(p for p in target.rglob("*") if p.is_file()):
-            key, _, suffix = path.name.partition(".")
-            samples.setdefault(str(path.parent / key), {})["." + suffix.lower()] = path
-        for parts in samples.values():
-            image = next((path for suffix, path in parts.items() if suffix in SUFFIXES), None)
-            if image is not None:
-                rows.append({"path": image, **sample_facts(parts)})
-    if not rows:
-        raise ValueError(f"no images in {shards[0]}" + (f" and {len(shards) - 1} more" if len(shards) > 1 else ""))
-    if all(row.get("label", "").isdigit() for row in rows):  # class numbers: in the order of the numbers
-        width = max(len(row["label"]) for row in rows)
-        rows = [row | {"label": row["label"].zfill(width)} for row in rows]
-    return rows
-
-
-def sample_facts(parts: dict[str, Path]) -> dict:
-    """Label and captions of one webdataset sample."""
-    facts = read_json(parts[".json"]) if ".json" in parts else {}
-    label = parts[".cls"].read_text().strip() if ".cls" in parts else facts.get("label", "")
-    captions = parts[".txt"].read_text(encoding="utf-8").splitlines() if ".txt" in parts else facts.get("caption", [])
-    captions = [captions] if isinstance(captions, str) else captions or []
-    return {"label": str(label), "captions": [caption.strip() for caption in captions if caption.strip()]}
 
 
 # --- downloads -------------------------------------------------------------------------------------------------------

@@ -9,10 +9,12 @@ an encoder -> loading -> builders -> checkpoints -> heads
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
 import re
+import warnings
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -61,8 +63,24 @@ class Encoder:
 
     def probe(self) -> torch.Tensor:
         """A test picture after preprocessing."""
-        pixels = np.random.default_rng(0).integers(0, 256, (61, 97, 3), dtype=np.uint8)
-        return self.preprocess(Image.fromarray(pixels))
+        return self.preprocess(probes()[0])
+
+    def in_two_parts(self) -> tuple[Callable, Callable]:
+        """`preprocess` for a worker, PIL image -> uint8 tensor, and for the device, a batch of those -> float: a quarter
+        of the bytes travels between them. Where that would not give the same to the last bit, all of it and no change."""
+        from torchvision import transforms
+
+        steps = list(getattr(self.preprocess, "transforms", ()))
+        normalize = steps.pop() if steps and isinstance(steps[-1], transforms.Normalize) else (lambda batch: batch)
+        if steps and isinstance(steps[-1], transforms.ToTensor):
+            in_worker = transforms.Compose([*steps[:-1], transforms.PILToTensor()])
+
+            def on_device(batch: torch.Tensor) -> torch.Tensor:
+                return normalize(batch.float().div(255))
+
+            if all(torch.equal(on_device(in_worker(p)[None])[0], self.preprocess(p)) for p in probes()):
+                return in_worker, on_device
+        return self.preprocess, lambda batch: batch
 
     def features(self, tower: Callable, batch) -> np.ndarray:
         """What a tower makes of a batch, in full precision."""
@@ -72,10 +90,15 @@ class Encoder:
     def fingerprint(self, of: str = "images") -> str:
         """A hash of what decides the embeddings of "images" or "texts": weights, layers, preprocessing, a probe's output.
 
+        Preprocessing is known by what it makes of pictures of several kinds, and by its own description if it has one.
+
         It is the encoder's part of the cache key, taken anew on each use, because training changes weights in place.
         Where a model has two towers each has its own: new text weights leave cached image embeddings valid.
         """
-        digest = hashlib.blake2b(self.probe().numpy().tobytes() + of.encode(), digest_size=12)
+        digest = hashlib.blake2b(of.encode(), digest_size=12)
+        for picture in probes() if of == "images" else ():
+            digest.update(self.preprocess(picture).numpy().tobytes())
+        digest.update(described(self.preprocess).encode() if of == "images" else b"")
         whole = self.model if self.model is not None else self.image_tower
         if isinstance(whole, torch.nn.Module):
             visual = getattr(whole, "visual", None) if self.text_tower is not None else None
@@ -91,6 +114,30 @@ class Encoder:
         output = np.nan_to_num(output, posinf=1, neginf=-1)  # coarsely rounded: last bits depend on the thread count
         digest.update((np.round(output / max(np.abs(output).mean(), 1e-9), 1) + 0.0).tobytes())
         return digest.hexdigest()
+
+
+def described(step) -> str:
+    """What a transform says of itself; addresses in memory, which change with every process, are taken out."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(step))
+
+
+@functools.cache
+def probes() -> list[Image.Image]:
+    """Pictures that tell one preprocessing from another: noise; bars with white, and with black borders, as scans and
+    films have; tall and wide; gray; large and small; a dark and a pale one."""
+    random = np.random.default_rng(0)
+
+    def framed(height: int, width: int, border: int, color: int) -> np.ndarray:
+        picture = np.full((height, width, 3), color, dtype=np.uint8)
+        inner = picture[border : height - border, border : width - border]
+        inner[:] = np.linspace(40, 200, inner.size).reshape(inner.shape)
+        return picture
+
+    pictures = [random.integers(0, 256, (61, 97, 3), dtype=np.uint8)]
+    pictures += [framed(90, 70, 12, 255), framed(70, 110, 12, 0), framed(30, 230, 0, 0), framed(230, 30, 0, 0)]
+    pictures += [random.integers(0, 256, (50, 50, 1), dtype=np.uint8).repeat(3, axis=2), framed(700, 900, 40, 255)]
+    pictures += [random.integers(low, low + 24, (20, 17, 3), dtype=np.uint8) for low in (0, 230)]
+    return [Image.fromarray(picture) for picture in pictures]
 
 
 def weights_digest(module: torch.nn.Module, without: str | None = None) -> bytes:
@@ -162,7 +209,7 @@ def build_mini(spec: str, name: str, state: dict | None, device: torch.device) -
 
 
 def build_open_clip(spec: str, name: str, state: dict | None, device: torch.device) -> Encoder:
-    """Any open_clip architecture, with a pretrained tag, a local file, or (neither) random weights."""
+    """Any open_clip architecture, with a pretrained tag, a local file, or the tag "random": the same ones each time."""
     import open_clip
 
     architecture, _, tag = (name, "", "") if name.startswith(("hf-hub:", "local-dir:")) else name.partition("/")
@@ -172,16 +219,25 @@ def build_open_clip(spec: str, name: str, state: dict | None, device: torch.devi
                 f"open_clip has no architecture {architecture!r}{gu.datasets.suggest(architecture, open_clip.list_models())}"
             )
         tags = open_clip.list_pretrained_tags_by_model(architecture)
-        if tag and tag not in tags:
-            raise ValueError(
-                f"open_clip has no weights {tag!r} for {architecture}; it has {', '.join(tags)}. A file of your own goes behind an @"
+        if tag not in [*tags, "random"] and (tag or state is None):
+            wrong = (
+                f"open_clip has no weights {tag!r} for {architecture}"
+                if tag
+                else f"{spec!r} does not say which weights"
             )
+            offered = ", ".join(f"{architecture}/{one}" for one in tags) or "none under a name"
+            raise ValueError(
+                f"{wrong}; there are {offered}. A file of your own goes behind an @, and open_clip:{architecture}/random asks "
+                "for untrained ones"
+            )
+    tag = "" if tag == "random" else tag
     known = open_clip.get_pretrained_cfg(architecture, tag) if tag else {}
     # Where a file brings the weights, the tag only says how they want their images prepared, and their activation.
     keys = () if state is None else ("mean", "std", "interpolation", "resize_mode")
     settings = {f"image_{key}": known.get(key) for key in keys}
     try:
-        with quiet_open_clip():
+        with torch.random.fork_rng(), quiet_open_clip():
+            torch.manual_seed(0)  # weights that are not loaded are the same everywhere
             tokenizer = open_clip.get_tokenizer(architecture)
             model, _, preprocess = open_clip.create_model_and_transforms(
                 architecture,
@@ -346,7 +402,7 @@ def quiet_open_clip():
 def load_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
     """Read a state dict: safetensors, or a pickle of tensors (never anything that could run code).
 
-    Training checkpoints are unwrapped ("state_dict", "model") and the prefixes of DistributedDataParallel (`module.`)
+    Training checkpoints are unwrapped (`unwrapped`: "state_dict", "model", their averages) and the prefixes of DistributedDataParallel (`module.`)
     and torch.compile (`_orig_mod.`) are taken off. Raises FileNotFoundError, or ValueError when it is no state dict.
     """
     path = Path(path).expanduser()
@@ -362,12 +418,52 @@ def load_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
         raise ValueError(
             f"{path} is not a readable checkpoint of plain tensors ({reason}). If you trust it, convert it to safetensors first"
         ) from error
-    for key in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict) or not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise ValueError(f"{path} holds no state dict (a dict of tensors, perhaps under 'state_dict')")
-    return {plain_name(key): value for key, value in state.items()}
+    state = unwrapped(state, path)
+    named = {
+        plain_name(key): value for key, value in state.items() if key != "n_averaged"
+    }  # a count of torch's swa_utils
+    if len(named) < len(state) - ("n_averaged" in state):
+        twice = next(key for key in state if plain_name(key) != key and plain_name(key) in state)
+        raise ValueError(
+            f"{path} holds two tensors for {plain_name(twice)}, one as {twice}; save one of the models alone"
+        )
+    return named
+
+
+WEIGHTS = ("state_dict", "model", "model_state_dict", "module", "net", "weights")  # where trainings keep them
+AVERAGES = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")  # and an average of them over steps
+
+
+def unwrapped(content, path: Path) -> dict[str, torch.Tensor]:
+    """The state dict in a training checkpoint; where it holds an average too, that, as timm takes it, and a warning.
+
+    ValueError when there is none, or several of which none is called as the weights mostly are.
+    """
+    if is_state(content):
+        return content
+    parts = [key for key, value in content.items() if isinstance(value, dict)] if isinstance(content, dict) else []
+    states = [key for key in parts if is_state(content[key])]
+    average = next((key for key in AVERAGES if key in states), None)
+    weights = next((key for key in WEIGHTS if key in parts), None)
+    if average and weights:
+        warnings.warn(
+            f"{path} holds weights ({weights!r}) and their average ({average!r}): the average is taken. For the others, save "
+            f"torch.load(path)[{weights!r}] alone",
+            stacklevel=4,
+        )
+    if average or weights:
+        return unwrapped(content[average or weights], path)
+    if len(states) == 1:
+        return content[states[0]]
+    if states:
+        raise ValueError(
+            f"{path} holds several models: {', '.join(map(str, states))}; save one, torch.load(path)[...], alone"
+        )
+    raise ValueError(f"{path} holds no state dict (a dict of tensors, perhaps under 'state_dict')")
+
+
+def is_state(content) -> bool:
+    return isinstance(content, dict) and bool(content) and all(isinstance(v, torch.Tensor) for v in content.values())
 
 
 def plain_name(key: str) -> str:

@@ -25,14 +25,14 @@ import open_clip
 import timm
 import torch
 import torch.nn.functional as F
-from accelerate.utils import broadcast, broadcast_object_list, gather_object, send_to_device
+from accelerate.utils import broadcast, broadcast_object_list, gather_object, recursively_apply, send_to_device
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.optim import param_groups_layer_decay
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import Dataset, default_collate
 from torchvision import transforms
 
 import gpnns_utils as gu
@@ -80,6 +80,11 @@ class ArcMargin(torch.nn.Module):
             raise ValueError(f"a margin needs at least two classes to lie between, not {classes}")
         if np.ndim(margin) and np.shape(margin) != (classes,):
             raise ValueError(f"margin has the shape {np.shape(margin)}; give one number, or one for each of {classes}")
+        if not (np.isfinite(margin).all() and np.min(margin) >= 0 and np.max(margin) <= np.pi / 2):
+            raise ValueError(
+                f"margin={margin} is no angle in radians from 0 to {np.pi / 2:.2f}; 20 degrees are {np.radians(20):.2f}, and "
+                "papers have 0.1 to 0.5"
+            )
         if start is not None and np.shape(start) != (classes, dim):
             raise ValueError(f"start has the shape {np.shape(start)}, not ({classes}, {dim})")
         self.dim, self.classes, self.scale, self.centers, self.sampled = dim, classes, scale, centers, sampled
@@ -165,11 +170,8 @@ class TrainingImages(Dataset):
         return len(self.images)
 
     def describe(self) -> bytes:
-        """All that decides what is learned: pixels or paths, labels, and how views are made."""
-        images = self.images.images
-        content = np.asarray(images).tobytes() if isinstance(images, np.ndarray) else repr(images).encode()
-        content += b"" if self.images.crops is None else self.images.crops.tobytes()
-        return content + self.labels.tobytes() + repr(self.transform).encode()
+        """All that decides what is learned: the images' content, whatever their files are called; labels; how views are made."""
+        return b"".join(self.images.digests()) + self.labels.tobytes() + gu.encoders.described(self.transform).encode()
 
     def __getitem__(self, row: int) -> tuple[torch.Tensor, int]:
         try:
@@ -192,6 +194,11 @@ class Repeatable(Dataset):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(mix(self.seed, draw, row))
             return row, self.dataset[row]
+
+
+def as_arrays(items: list) -> list:
+    """The items of a batch with arrays in place of tensors, as `from_workers` sends them."""
+    return recursively_apply(torch.Tensor.numpy, items)
 
 
 def mix(*numbers: int) -> int:
@@ -282,14 +289,19 @@ def drop_patches(encoder: gu.Encoder, share: float) -> bool:
     return True
 
 
-def image_to_image(encoder: gu.Encoder, images: gu.ImageSet) -> gu.Score:
-    """mAP of finding an image's class among all other images; classes with one image have nothing to find."""
+def image_to_image(encoder: gu.Encoder, images: gu.ImageSet, gallery: gu.ImageSet | None = None) -> gu.Score:
+    """mAP of finding an image's class in a gallery, or without one among all other images; what has nothing to find does
+    not count. `*load_splits(...).validation` are the two sets of either question."""
     if encoder.model is not None:
         encoder.model.eval()
     embeddings = gu.embed_images(encoder, images, cache=False)
-    relevant = gu.same_label(images.labels, images.labels)
-    own = np.arange(len(images))[:, None]
-    return gu.mean_average_precision(gu.rank_relevant(embeddings, embeddings, relevant, leave_out=own))
+    if gallery is None or gallery is images:
+        own = np.arange(len(images))[:, None]
+        relevant = gu.same_label(images.labels, images.labels)
+        return gu.mean_average_precision(gu.rank_relevant(embeddings, embeddings, relevant, leave_out=own))
+    searched = gu.embed_images(encoder, gallery, cache=False)
+    relevant = gu.same_label(images.labels, gallery.labels)
+    return gu.mean_average_precision(gu.rank_relevant(embeddings, searched, relevant))
 
 
 # --- the loop --------------------------------------------------------------------------------------------------------
@@ -342,7 +354,7 @@ def fit(
     settings = [steps, batch_size, accumulate, warmup, lr_min, clip, ema, seed, validate_every]
     settings += [accelerator.mixed_precision, None if balance is None else np.asarray(balance).tolist()]
     repeatable = Repeatable(dataset, seed)
-    folder = Path(folder) / training_key(objective, repeatable, groups, settings)
+    folder = Path(folder) / training_key(objective, repeatable, groups, settings, accelerator.process_index)
     check_shared(accelerator, folder)
 
     optimizer = torch.optim.AdamW(groups)
@@ -355,12 +367,13 @@ def fit(
     first, last = step * accumulate, steps * accumulate
     process, processes = accelerator.process_index, accelerator.num_processes
     share = batches(len(dataset), batch_size, first, last, seed, balance, process, processes)
-    workers = gu.decoders(dataset.images) if isinstance(dataset, TrainingImages) else 0
-    loader = DataLoader(repeatable, batch_sampler=share, num_workers=workers)
+    workers = gu.datasets.decoders(dataset.images) if isinstance(dataset, TrainingImages) else 0
+    loader = gu.datasets.from_workers(repeatable, share, workers, as_arrays)
     progress = gu.Progress(last * batch_size, "training", done=first * batch_size)
     losses, started, picture, drawn = [], time.time(), None, 0.0
     set_training(objective)
-    for number, (rows, batch) in enumerate(loader, first):
+    for number, items in enumerate(loader, first):
+        rows, batch = default_collate(items)
         schedule.step_update(step)
         torch.manual_seed(mix(seed, number, process))  # a resumed run drops out the same
         with accelerator.accumulate(wrapped):
@@ -480,7 +493,9 @@ def freeze_the_rest(objective: torch.nn.Module, groups: list[dict]) -> list[dict
     return groups
 
 
-def training_key(objective: torch.nn.Module, dataset: Repeatable, groups: list, settings: list) -> str:
+def training_key(
+    objective: torch.nn.Module, dataset: Repeatable, groups: list, settings: list, process: int = 0
+) -> str:
     """A hash that tells one training from another: settings, first weights, images, labels, and a first loss."""
     names = {id(value): name for name, value in objective.named_parameters()}
     about = [group | {"params": [names.get(id(value)) for value in group["params"]]} for group in groups]
@@ -489,7 +504,8 @@ def training_key(objective: torch.nn.Module, dataset: Repeatable, groups: list, 
     digest = hashlib.blake2b(repr([settings, about, modules, repr(objective)]).encode(), digest_size=6)
     if not hasattr(dataset.dataset, "describe"):
         raise ValueError("the data set needs describe(): bytes that change when its items do, to tell trainings apart")
-    digest.update(gu.encoders.weights_digest(objective) + dataset.dataset.describe())
+    items = dataset.dataset.describe() if process == 0 else None  # reads every image: once is enough
+    digest.update(gu.encoders.weights_digest(objective) + broadcast_object_list([items])[0])
     count = len(dataset.dataset)  # some items and their loss tell changes of code, which nothing above would show
     rows = np.linspace(0, count - 1, min(count, 8)).astype(int)
     _, batch = default_collate([dataset[0, int(row)] for row in rows])

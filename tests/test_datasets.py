@@ -1246,21 +1246,3 @@ def test_a_parquet_table_without_pyarrow_says_what_to_install(tmp_path, monkeypa
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(ImportError, match="pip install pyarrow"):
         gu.load_images(tmp_path / "set.parquet")
-
-
-def test_a_parquet_table_reads_like_a_csv(tmp_path, monkeypatch):
-    picture(tmp_path / "x.png")
-    picture(tmp_path / "y.png")
-    lines = [
-        {"path": "x.png", "label": 7, "caption": "a cat|a pet", "split": "test"},
-        {"path": "y.png", "label": 8, "caption": None, "split": "test"},
-        {"path": "z.png", "label": 8, "caption": None, "split": "train"},
-    ]
-    table = types.SimpleNamespace(to_pylist=lambda: lines)
-    fake = types.ModuleType("pyarrow.parquet")
-    fake.read_table = lambda path: table
-    monkeypatch.setitem(sys.modules, "pyarrow", types.ModuleType("pyarrow"))
-    monkeypatch.setitem(sys.modules, "pyarrow.parquet", fake)
-    (tmp_path / "set.parquet").touch()
-    images = gu.load_images(tmp_path / "set.parquet")
-    assert images.names == ["7", "8"] and images.captions == [["a cat", "a pet"], []]

@@ -28,9 +28,9 @@ def test_embeddings_are_float32_unit_rows_in_the_order_of_the_images(world, cach
 
 def test_worker_processes_change_nothing(folder, cache, monkeypatch):
     encoder = gu.load_encoder("mini", "cpu")
-    assert gu.decoders(gu.load_images(folder)) == 0, "so few are decoded here"
+    assert gu.datasets.decoders(gu.load_images(folder)) == 0, "so few are decoded here"
     direct = gu.embed_images(encoder, gu.load_images(folder), cache=False)
-    monkeypatch.setattr(gu, "decoders", lambda images: 2)
+    monkeypatch.setattr(gu.datasets, "decoders", lambda images: 2)
     np.testing.assert_array_equal(gu.embed_images(encoder, gu.load_images(folder), cache=False), direct)
 
 

@@ -283,7 +283,12 @@ def test_settings_that_change_features_change_the_fingerprint(tmp_path):
         ("clip", "unknown encoder 'clip'; use mini"),
         ("open_clip:", "unknown encoder"),
         ("open_clip:ViT-B-61/openai", "did you mean .*ViT-B-16"),
-        ("open_clip:ViT-B-16/opena", "no weights 'opena' for ViT-B-16; it has openai"),
+        ("open_clip:ViT-B-16/opena", "no weights 'opena' for ViT-B-16; there are ViT-B-16/openai"),
+        (
+            "open_clip:ViT-B-32",
+            "does not say which weights; there are ViT-B-32/openai, .*ViT-B-32/random asks for untrained",
+        ),
+        ("open_clip:ViT-B-32/opena@weights.pt", "no weights 'opena'"),
         ("timm:mobilenetv2_03", "did you mean mobilenetv2"),
         ("gpnns:ViT-B", "needs a file"),
     ],

@@ -1,0 +1,505 @@
+"""Images of one's own: a folder, a table or webdataset tars; and the text files of any program.
+
+`gpnns_utils.load_images` calls `read`. This is the one place that reads such files. What has a common other form is
+understood; what could mean two things is refused with its file, line and remedy; what is passed over is listed.
+
+texts -> folders -> captions -> tables -> tars -> all of them
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import functools
+import hashlib
+import math
+import os
+import unicodedata
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from PIL import Image
+
+import gpnns_utils as gu
+from gpnns_utils import datasets
+
+# --- texts -----------------------------------------------------------------------------------------------------------
+
+MARKS = {  # what a program may write first, so that others know how it encodes letters; of UTF-32 the first half is UTF-16's
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+
+
+def encoding_of(begin: bytes) -> str:
+    """UTF-8, or what a byte-order mark says (Excel's "Unicode text" is UTF-16)."""
+    return next((name for mark, name in MARKS.items() if begin.startswith(mark)), "utf-8")
+
+
+def text_lines(path: str | Path) -> Iterator[str]:
+    """The lines of a text file, one at a time.
+
+    Raises ValueError with file and line for another encoding: to guess it would change letters without a word.
+    """
+    with open(path, "rb") as file:
+        encoding = encoding_of(file.read(4))
+    number = 0
+    with open(path, encoding=encoding) as file:
+        try:
+            for number, line in enumerate(file, 1):
+                if "\0" in line:
+                    raise ValueError(f"{path}, line {number} holds zero bytes: {AS_UTF8}")
+                yield line
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}, after line {number}, {not_text(error)}") from error
+
+
+def decoded(content: bytes, where: str) -> str:
+    """The bytes of a text as a string, like `text_lines`; `where` they were found, for the message."""
+    try:
+        return content.decode(encoding_of(content))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where} {not_text(error)}") from error
+
+
+def not_text(error: UnicodeDecodeError) -> str:
+    broken = error.object[max(0, error.start - 12) : error.start + 4]
+    return f"is not {error.encoding} ({broken!r}): {AS_UTF8}"
+
+
+AS_UTF8 = "save the file as UTF-8 (Excel: 'CSV UTF-8'; iconv -f CP1252 -t UTF-8)"
+
+
+def read_text(path: str | Path) -> str:
+    """A text file as a whole, read like `text_lines`."""
+    return "".join(text_lines(path))
+
+
+def printable(text: str | Path) -> str:
+    """A name in the one form that is compared and shown: accents joined to their letters (NFC; file systems also
+    store them apart), bytes that are no UTF-8 as \\xe9."""
+    return unicodedata.normalize("NFC", os.fsencode(text).decode("utf-8", "backslashreplace"))
+
+
+def as_text(value) -> str:
+    """A value of a table or a JSON file as text: 3.0 is "3", what is missing (None, NaN) is "". ValueError for others."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if not isinstance(value, (str, int, float)):
+        raise ValueError(f"a {type(value).__name__} ({str(value)[:60]}) where one text or number belongs")
+    return unicodedata.normalize("NFC", str(value).strip())
+
+
+def as_texts(value, between: str | None = None) -> list[str]:
+    """Captions as a list of texts: one text, several with `between` between them, or a list of texts."""
+    if isinstance(value, (list, tuple)):
+        texts = [text for one in value for text in as_texts(one)]
+    else:
+        texts = as_text(value).split(between) if between else [as_text(value)]
+    return [text.strip() for text in texts if text.strip()]
+
+
+# --- folders ---------------------------------------------------------------------------------------------------------
+
+PICTURES = {  # what people mean by a picture; `readable` says which of them Pillow reads here
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".avif", ".heic",
+    ".heif", ".jxl", ".jp2", ".j2k", ".jpx", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".psd", ".svg", ".eps", ".pcx", ".qoi",
+    ".exr", ".dds", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".raw",
+}  # fmt: skip
+SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "val", "valid", "dev"),
+    "test": ("test", "testing"),
+    "query": ("query", "queries"),
+    "gallery": ("gallery", "index"),
+}
+
+
+def readable() -> set[str]:
+    """The suffixes of `PICTURES` that this Pillow, with the plugins that are registered now, can read."""
+    Image.init()
+    return {suffix for suffix in PICTURES if Image.EXTENSION.get(suffix) in Image.OPEN}
+
+
+def kind_of(path: str | Path) -> str:
+    return os.path.splitext(path)[1].lower()
+
+
+def split_of(name: str) -> str:
+    """The split that a folder or a cell of a table names: "val" is "validation". "" for any other name."""
+    return next((split for split, names in SPLITS.items() if name.casefold() in names), "")
+
+
+def choose_split(folder: Path, inside: set[str], split: str) -> str | None:
+    """The subfolder that holds `split`, or None where the subfolders `inside`, which hold images, are no splits.
+
+    They are splits when all, or at least two, are named like one; a class may be called "test" beside others.
+    """
+    splits = {name: split_of(name) for name in sorted(inside) if split_of(name)}
+    asked = split_of(split) or split
+    if asked not in SPLITS and split in inside:
+        return split
+    if not splits or (len(splits) < len(inside) and len(set(splits.values())) < 2):
+        return None
+    fitting = [name for name, meant in splits.items() if meant == asked]
+    if len(fitting) == 1:
+        return fitting[0]
+    wrong = f"both {' and '.join(fitting)}" if fitting else f"{', '.join(splits)}, but no {split}"
+    raise ValueError(
+        f"{folder} has {wrong}: images of several splits are not measured together. Give one of them, such as "
+        f"{folder / (fitting or list(splits))[0]}, or name the one that you mean {split}"
+    )
+
+
+def has_split(source: Path, split: str) -> bool:
+    """Whether a folder or a table of one's own has images of this split, apart from others."""
+    if source.is_dir():
+        inside = {name for name in os.listdir(source) if (source / name).is_dir() and not datasets.is_hidden(name)}
+        return split in map(split_of, inside) and choose_split(source, inside, split) is not None
+    if kind_of(source) not in TABLES:
+        return False
+    columns, _, lines = open_table(source)
+    return "split" in columns and any(split_of(as_text(line["split"])) == split for _, line in lines)
+
+
+def read_folder(folder: Path, split: str) -> tuple[list[dict], list[str], list[str]]:
+    """The images below `folder`, with label and group from the names of its folders."""
+    files, passed = datasets.walk(folder)
+    known = readable()
+    pictures = [path for path in files if kind_of(path) in PICTURES]
+    pictures = pictures or [path for path in files if kind_of(path) == ".tar"]
+    inside = {path.relative_to(folder).parts[0] for path in pictures if path.parent != folder}
+    part = choose_split(folder, inside, split)
+    top = folder / part if part else folder
+    notes = [f"split {part}" if part else "no splits"]
+    if part and (others := sorted(name for name in inside if not split_of(name) and name != part)):
+        notes.append(f"folders beside the splits passed over: {', '.join(others)}")
+    notes += [f"passed over: {', '.join(passed)}"] if passed else []
+    pictures = [path for path in pictures if path.is_relative_to(top)]
+    paths = [path for path in pictures if kind_of(path) in known]
+    left_out = [f"{printable(p)} (this Pillow cannot read {kind_of(p)})" for p in pictures if kind_of(p) not in known]
+    if shards := [path for path in pictures if kind_of(path) == ".tar"]:
+        rows, left_out, more = read_shards(shards)
+        return rows, left_out, notes + more
+    if not paths:
+        kinds = sorted({kind_of(path) or "no suffix" for path in files if path.is_relative_to(top)})
+        found = f"found only files with {', '.join(kinds[:8])}" if kinds else "it is empty"
+        raise ValueError(f"no images below {top.absolute()}: {found}; readable here: {', '.join(sorted(known))}")
+    rows = []
+    for path in paths:
+        *above, label = map(printable, path.relative_to(top).parts[:-1] or ("",))
+        rows.append({"path": path, "label": label, "group": "/".join(above)})
+    if {split_of(row["label"]) for row in rows}.isdisjoint({""}) and any(row["group"] for row in rows):
+        raise ValueError(
+            f"{top}: the splits lie inside the classes ({printable(paths[0].relative_to(top))}), so every image would "
+            "belong to a class called like a split; arrange the folders as split/class/file"
+        )
+    bank = next((path for path in (top / "captions.json", folder / "captions.json") if path.exists()), None)
+    return rows, left_out, notes + (add_captions(rows, bank, top) if bank else [])
+
+
+# --- captions --------------------------------------------------------------------------------------------------------
+
+
+def add_captions(rows: list[dict], path: Path, top: Path) -> list[str]:
+    """Give rows the captions of a captions.json: {label, or path of an image: a caption, a list of them, or {"captions":
+    a list}}. Returns notes; ValueError when nothing in it belongs to an image."""
+    given = datasets.read_json(path)
+    if not isinstance(given, dict):
+        raise ValueError(f'{path} must hold {{"label": ["a caption", ...], ...}}, not a {type(given).__name__}')
+    captions = {}
+    for key, value in given.items():
+        value = value.get("captions", value.get("caption")) if isinstance(value, dict) else value
+        try:
+            captions[printable(key)] = as_texts(value)
+        except ValueError as error:
+            raise ValueError(f"{path}, {key!r}: {error}; give a list of texts") from error
+    used = set()
+    for row in rows:
+        names = (row["label"], printable(row["path"].relative_to(top).as_posix()), printable(row["path"].name))
+        found = [name for name in dict.fromkeys(names) if name in captions]
+        row["captions"] = [text for name in found for text in captions[name]]
+        used.update(found)
+    unused = [key for key in captions if key not in used]
+    if unused and not used:
+        raise ValueError(
+            f"{path}: none of its keys, such as {unused[0]!r}, is the name of a class or of an image below {top}"
+        )
+    return [f"no image for {len(unused)} keys of {path.name}: {', '.join(unused[:3])}"] if unused else []
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+COLUMNS = {  # the names that other programs give to the columns; the first that is there counts
+    "path": ("path", "filepath", "file_path", "filename", "file_name", "file", "image", "image_path", "img_path", "img"),
+    "label": ("label", "class", "class_name", "category"),
+    "group": ("group", "domain"),
+    "caption": ("caption", "captions", "title", "text"),
+    "split": ("split",),
+}  # fmt: skip
+TABLES = (".csv", ".tsv", ".parquet")
+
+
+def find_columns(header: Sequence[str]) -> dict[str, str]:
+    """Column of ours -> the name that it has in a header. ValueError for two that are called the same."""
+    names = {}
+    for name in header:
+        plain = str(name).strip().casefold().replace(" ", "_")
+        if plain in names and plain in sum(COLUMNS.values(), ()):
+            raise ValueError(f"two columns are called {plain!r}; rename one")
+        names[plain] = name
+    found = {column: next((names[n] for n in known if n in names), None) for column, known in COLUMNS.items()}
+    return {column: name for column, name in found.items() if name is not None}
+
+
+def open_table(path: Path, needs: str = "path") -> tuple[dict[str, str], list[str], Iterator[tuple[int, dict]]]:
+    """A .csv, .tsv or .parquet table: its columns (ours -> theirs), those that are not used, and its rows with the
+    number of their line, read as they are asked for. ValueError without a column `needs`, and for a damaged row."""
+    header, rows = parquet_rows(path) if kind_of(path) == ".parquet" else text_rows(path, needs)
+    try:
+        columns = find_columns(header)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if needs not in columns:
+        first = ", ".join(map(str, header))[:200]
+        remedy = f"name it {needs!r}"
+        if any(kind_of(str(name)) in PICTURES for name in header):
+            remedy = "it seems to be an image already: write a line such as 'path,label' above it"
+        raise ValueError(f"{path} has no column {needs!r}; its first line holds {first or 'nothing'}; {remedy}")
+    names = list(map(str, header))
+
+    def dicts() -> Iterator[tuple[int, dict]]:
+        for number, cells in rows:
+            if len(cells) != len(names):
+                raise ValueError(
+                    f"{path}, line {number} has {len(cells)} columns where the first line has {len(names)}; put texts "
+                    "that hold the character between columns in quotation marks"
+                )
+            row = dict(zip(names, cells, strict=True))
+            yield number, {column: row[name] for column, name in columns.items()}
+
+    return columns, [name for name in names if name not in columns.values()], dicts()
+
+
+def text_rows(path: Path, needs: str) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
+    """Header and rows of a .csv or .tsv file."""
+    lines = text_lines(path)
+    first = next((line for line in lines if line.strip()), "").rstrip("\n")
+    betweens = ("\t",) if kind_of(path) == ".tsv" else (",", ";", "\t", "|")
+    headers = [next(csv.reader([first], delimiter=between, skipinitialspace=True), []) for between in betweens]
+    fitting = [i for i, header in enumerate(headers) if needs in find_columns(header)]
+    chosen = fitting[0] if fitting else max(range(len(headers)), key=lambda i: len(headers[i]))
+    # A text of a .tsv may begin with a quotation mark, which then is one; in a .csv it must close what it opens.
+    rows = tab_rows(lines) if betweens[chosen] == "\t" else comma_rows(path, lines, betweens[chosen])
+    return headers[chosen], rows
+
+
+def tab_rows(lines: Iterator[str]) -> Iterator[tuple[int, list[str]]]:
+    for number, line in enumerate(lines, 2):
+        if line.strip():
+            yield number, [unquoted(cell) for cell in line.rstrip("\n").split("\t")]
+
+
+def unquoted(cell: str) -> str:
+    """A cell without the quotation marks that spreadsheets put around a text, and double inside of it."""
+    inner = cell[1:-1]
+    quoted = len(cell) > 1 and cell[0] == cell[-1] == '"' and '"' not in inner.replace('""', "")
+    return inner.replace('""', '"') if quoted else cell
+
+
+def comma_rows(path: Path, lines: Iterator[str], between: str) -> Iterator[tuple[int, list[str]]]:
+    reader = csv.reader(lines, delimiter=between, skipinitialspace=True, strict=True)
+    while True:
+        number = reader.line_num + 2  # where this row begins; the header is line 1
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            raise ValueError(f"{path}, line {number}: {error}; {CLOSED}") from error
+        if cells is None:
+            return
+        inner = [line for cell in cells for line in cell.split("\n")[1:]]
+        if any(kind_of(line.split(between)[0].strip()) in PICTURES for line in inner):
+            raise ValueError(f"{path}, line {number}: a quotation mark takes in the lines after it; {CLOSED}")
+        if cells:
+            yield number, cells
+
+
+CLOSED = 'is a quotation mark left open there? A text that holds " is written with "" in its place and " around it'
+
+
+def parquet_rows(path: Path) -> tuple[list[str], Iterator[tuple[int, list]]]:
+    """Header and rows of a .parquet file; values keep their types."""
+    try:
+        from pyarrow.parquet import read_table
+    except ImportError as error:
+        raise ImportError(f"{path} needs pyarrow (pip install pyarrow); or save the table as .csv") from error
+    try:
+        table = read_table(path)
+    except (OSError, ValueError) as error:  # pyarrow's errors are among these
+        raise ValueError(
+            f"{path} cannot be read as a parquet table ({str(error).splitlines()[0]}); get it again"
+        ) from error
+    return table.column_names, ((i, list(row.values())) for i, row in enumerate(table.to_pylist(), 2))
+
+
+def read_own_table(table: Path, split: str) -> tuple[list[dict], list[str], list[str]]:
+    """The images of a table: lines that name the same path are one image, which has the captions of all of them."""
+    columns, unused, lines = open_table(table)
+    taken = [f"{theirs} as {ours}" for ours, theirs in columns.items() if theirs != ours]
+    images, first_line, found, number = {}, {}, {}, 1
+    for number, line in lines:
+        try:
+            row = {column: as_text(line.get(column)) for column in ("path", "label", "group", "split")}
+            row["captions"] = as_texts(line.get("caption"), between="|")
+        except ValueError as error:
+            raise ValueError(f"{table}, line {number}: {error}") from error
+        if not row["path"]:
+            raise ValueError(f"{table}, line {number} has no path; remove it, or fill it in")
+        if "split" in columns:
+            found[row["split"]] = found.get(row["split"], 0) + 1
+            if (split_of(row["split"]) or row["split"]) != (split_of(split) or split):
+                continue
+        key = os.path.normpath(row["path"])
+        known = images.setdefault(key, row | {"captions": []})
+        first_line.setdefault(key, number)
+        known["captions"] += [text for text in row["captions"] if text not in known["captions"]]
+        for column in ("label", "group"):
+            if row[column] and known[column] and row[column] != known[column]:
+                raise ValueError(
+                    f"{table}, line {number}: {row['path']} has the {column} {row[column]!r}, in line {first_line[key]} "
+                    f"it has {known[column]!r}; an image has one {column}, and several captions in lines or between |"
+                )
+            known[column] = known[column] or row[column]
+    if not images:
+        if found:
+            there = ", ".join(name or "nothing" for name in found)
+            raise ValueError(f"{table} has a column 'split' (with {there}) but no image in split {split!r}")
+        raise ValueError(f"{table} names no images: put one into each line below the first")
+    disk = as_stored()
+    rows, left_out = [], []
+    for key, row in images.items():
+        path = disk(table.parent / key) or (disk(table.parent / key.replace("\\", "/")) if os.sep == "/" else None)
+        if path is None:
+            left_out.append(f"{table.parent / key} (it is not there)")
+        else:
+            rows.append(row | {"path": path})
+    if not rows:
+        raise ValueError(
+            f"{table}: none of its {len(images)} images is there; paths count from its folder: {left_out[0]}"
+        )
+    notes = [f"split {split}" if "split" in columns else "no splits"]
+    notes += [f"columns: {', '.join(taken)}"] if taken else []
+    notes += [f"columns not used: {', '.join(unused)}"] if unused else []
+    return rows, left_out, notes
+
+
+def as_stored():
+    """A function: path -> the path as the disk has it, or None. A name with accents may be stored in Unicode's other
+    form. Each folder is listed once, which is faster than asking for every file."""
+
+    @functools.cache
+    def listing(folder: Path) -> dict[str, str]:
+        try:
+            names = os.listdir(folder)
+        except OSError:
+            return {}
+        return {printable(name): name for name in names} | {name: name for name in names}
+
+    @functools.cache
+    def stored_folder(folder: Path) -> Path | None:
+        return folder if folder.is_dir() else find(folder)
+
+    def find(path: Path) -> Path | None:
+        folder = stored_folder(path.parent) if path != path.parent else None
+        name = listing(folder).get(path.name) or listing(folder).get(printable(path.name)) if folder else None
+        return folder / name if name else None
+
+    return find
+
+
+# --- tars ------------------------------------------------------------------------------------------------------------
+
+
+def read_shards(shards: Sequence[Path]) -> tuple[list[dict], list[str], list[str]]:
+    """The images of webdataset tars: files with the same name up to the first point are one sample.
+
+    The image of a sample is a .jpg, .png ...; its label is in .cls or under "label" in .json, its captions are the
+    lines of .txt or under "caption" in .json. The tars are unpacked once, into the cache.
+    """
+    shards = sorted(Path(shard).absolute() for shard in shards)
+    about = repr([(str(shard), shard.stat().st_size, shard.stat().st_mtime_ns) for shard in shards])
+    folder = gu.cache_folder() / "shards" / hashlib.blake2b(about.encode(), digest_size=8).hexdigest()
+    rows, left_out, known = [], [], readable()
+    for i, shard in enumerate(shards):
+        target = folder / f"{i:05d}_{shard.stem}"
+        if not target.exists():
+            datasets.unpack(shard, target)
+        samples: dict[str, dict[str, Path]] = {}
+        for path in sorted(datasets.walk(target)[0]):
+            key, _, suffix = path.name.partition(".")
+            samples.setdefault(str(path.parent / key), {})["." + suffix.lower()] = path
+        for parts in samples.values():
+            image = next((path for suffix, path in parts.items() if suffix in known), None)
+            if image is not None:
+                rows.append({"path": image, **sample_facts(parts)})
+            for path in parts.values():
+                if image is None and kind_of(path) in PICTURES:
+                    what = "is not read by this Pillow" if kind_of(path) not in known else NAMED
+                    left_out.append(f"{path.relative_to(target)} of {shard.name} ({what})")
+    if not rows:
+        raise ValueError(f"no images in {shards[0]}" + (f" and {len(shards) - 1} more" if len(shards) > 1 else ""))
+    if all(row["label"].isdigit() for row in rows):  # class numbers: in the order of the numbers
+        width = max(len(row["label"]) for row in rows)
+        rows = [row | {"label": row["label"].zfill(width)} for row in rows]
+    return rows, left_out, [f"{len(shards)} tar files"]
+
+
+NAMED = "its name has several points; what follows the first says what a file is"
+
+
+def sample_facts(parts: dict[str, Path]) -> dict:
+    """Label and captions of one webdataset sample."""
+    facts = datasets.read_json(parts[".json"]) if ".json" in parts else {}
+    if not isinstance(facts, dict):
+        raise ValueError(f"{parts['.json']} holds a {type(facts).__name__}, not a dict with 'label' or 'caption'")
+    try:
+        label = read_text(parts[".cls"]) if ".cls" in parts else facts.get("label")
+        captions = (
+            read_text(parts[".txt"]).splitlines() if ".txt" in parts else facts.get("caption", facts.get("captions"))
+        )
+        return {"label": as_text(label), "captions": as_texts(captions)}
+    except ValueError as error:
+        named = parts.get(".json", next(iter(parts.values())))
+        raise ValueError(f"{named}: {error}") from error
+
+
+# --- all of them -----------------------------------------------------------------------------------------------------
+
+
+def read(source: Path, split: str) -> tuple[list[dict], list[str], list[str]]:
+    """A folder, a table or a tar as rows sorted by path, each a dict with path and, where known, label, group, captions;
+    the files left out; and notes on what was taken as what.
+
+    Raises ValueError for what is none of them, for no images, and when only some of them have labels.
+    """
+    if source.is_dir():
+        rows, left_out, notes = read_folder(source, split)
+    elif kind_of(source) in TABLES:
+        rows, left_out, notes = read_own_table(source, split)
+    elif kind_of(source) == ".tar":
+        rows, left_out, notes = read_shards([source])
+    else:
+        raise ValueError(f"{source} is neither a folder, a .csv, .tsv or .parquet table, nor a .tar")
+    rows.sort(key=lambda row: (printable(row["path"]), os.fsencode(row["path"])))
+    unlabelled = [row for row in rows if not row.get("label")]
+    if 0 < len(unlabelled) < len(rows):
+        raise ValueError(
+            f"{source}: {len(unlabelled)} of {len(rows)} images have no label, for example "
+            f"{printable(unlabelled[0]['path'])}; give every image one, or none"
+        )
+    return rows, left_out, notes
