@@ -8,7 +8,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from conftest import start_apart, unit
+from conftest import run_apart, start_apart, unit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -32,6 +32,126 @@ def test_worker_processes_change_nothing(folder, cache, monkeypatch):
     direct = gu.embed_images(encoder, gu.load_images(folder), cache=False)
     monkeypatch.setattr(gu.datasets, "decoders", lambda images: 2)
     np.testing.assert_array_equal(gu.embed_images(encoder, gu.load_images(folder), cache=False), direct)
+
+
+def many_files(folder, count=300):
+    """Small pictures, linked under many names: opening and sending them costs what it costs for different ones."""
+    (folder / "many").mkdir()
+    for i in range(8):
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (30, 40, 3), dtype=np.uint8)).save(
+            folder / f"{i}.png"
+        )
+    for i in range(count):
+        (folder / "many" / f"{i:04d}.png").symlink_to(folder / f"{i % 8}.png")
+    return gu.load_images(folder / "many")
+
+
+def read_with_little(folder, out):
+    """Embed, and read for training, where no file may grow, not in shared memory either, and few may be open."""
+    import resource
+
+    images, encoder = many_files(folder), gu.load_encoder("efficientnet_lite0", "cpu")
+    images.labels = np.arange(len(images)) % 8
+    data = gu.training.TrainingImages(images, encoder.preprocess)
+    gu.datasets.decoders = lambda images: 8
+    gu.run_tower = lambda encoder, tower, batch: gu.unit_rows(batch.flatten(1)[:, ::1000].numpy())
+    encoder.dim = 151
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128))
+    vectors = gu.embed_images(encoder, images, batch_size=64, cache=False)
+    draws = [[(0, row) for row in range(start, start + 64)] for start in range(0, 256, 64)]
+    repeatable = gu.training.Repeatable(data, 0)
+    batches = list(gu.datasets.from_workers(repeatable, draws, 8, gu.training.as_arrays))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    for start in range(64):
+        np.testing.assert_array_equal(batches[start % 4][start][1][0], data[64 * (start % 4) + start][0])
+    np.save(out, vectors)
+
+
+def test_workers_need_no_shared_memory_and_no_open_file_for_each_picture(tmp_path):
+    done = run_apart(read_with_little, tmp_path, tmp_path / "out.npy", folder=tmp_path / "said")
+    assert done.returncode == 0, done.stderr
+    assert "could not go on" not in done.stderr
+    vectors = np.load(tmp_path / "out.npy")
+    assert vectors.shape == (300, 151)
+    np.testing.assert_array_equal(vectors[:8], vectors[8:16])
+
+
+class Numbers(torch.utils.data.Dataset):
+    """Squares; a worker process that is asked for one of `fatal` dies, or raises `error`."""
+
+    def __init__(self, fatal=(), error=None):
+        self.fatal, self.error, self.home = fatal, error, os.getpid()
+
+    def __getitem__(self, row):
+        if row in self.fatal and self.error and (os.getpid() != self.home or type(self.error) is RuntimeError):
+            raise self.error
+        if row in self.fatal and os.getpid() != self.home:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return row**2
+
+
+@pytest.mark.parametrize("error", [None, OSError(24, "Too many open files"), MemoryError()])
+def test_workers_that_are_lost_are_replaced_by_fewer_and_nothing_is_lost_or_twice(error):
+    rows = [list(range(start, start + 5)) for start in range(0, 50, 5)]
+    with pytest.warns(UserWarning, match="going on with this one alone.*--shm-size") as caught:
+        batches = list(gu.datasets.from_workers(Numbers((31,), error), iter(rows), 4, np.array))
+    ours = [str(one.message)[0] for one in caught if "could not go on" in str(one.message)]
+    assert ours == ["4", "2", "1"]
+    np.testing.assert_array_equal(np.concatenate(batches), np.arange(50) ** 2)
+
+
+def test_workers_that_cannot_be_started_are_done_without(monkeypatch):
+    loader = gu.datasets.DataLoader
+
+    def no_semaphores(*given, num_workers, **settings):
+        if num_workers:
+            raise OSError(38, "Function not implemented")  # what Python says where there is no /dev/shm
+        return loader(*given, num_workers=num_workers, **settings)
+
+    monkeypatch.setattr(gu.datasets, "DataLoader", no_semaphores)
+    with pytest.warns(UserWarning, match="Function not implemented.*docker run --shm-size"):
+        batches = list(gu.datasets.from_workers(Numbers(), [[1, 2], [3]], 2, list))
+    assert batches == [[1, 4], [9]]
+
+
+def test_an_error_of_an_image_is_no_reason_to_change_the_workers():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(RuntimeError, match="a wrong size"):
+            list(gu.datasets.from_workers(Numbers((3,), RuntimeError("a wrong size")), [[1, 2], [3]], 2, list))
+        with pytest.raises(OSError, match="Too many open files"):
+            list(gu.datasets.from_workers(AlwaysShort(), [[1]], 0, list))
+
+
+class AlwaysShort(torch.utils.data.Dataset):
+    def __getitem__(self, row):
+        raise OSError(24, "Too many open files")
+
+
+@pytest.mark.parametrize("name", ["mini", "pixels", "efficientnet_lite0", "open_clip:ViT-S-32-alt/random"])
+def test_pictures_travel_as_bytes_and_become_the_same_numbers_to_the_last_bit(name, world):
+    encoder = gu.load_encoder(name, "cpu")
+    in_worker, on_device = encoder.in_two_parts()
+    for row in (0, 100, 200):
+        pixels = in_worker(world[row])
+        assert pixels.dtype == torch.uint8
+        assert torch.equal(on_device(pixels[None])[0], encoder.preprocess(world[row]))
+
+
+def test_preprocessing_that_is_not_known_stays_whole(world):
+    encoder = gu.load_encoder("mini", "cpu")
+    plain, steps = encoder.preprocess, encoder.preprocess.transforms
+    encoder.preprocess = lambda image: plain(image) * 2
+    in_worker, on_device = encoder.in_two_parts()
+    assert in_worker is encoder.preprocess and torch.equal(on_device(in_worker(world[0])), 2 * plain(world[0]))
+
+    class Brighter(type(steps[-2])):
+        def __call__(self, image):
+            return super().__call__(image) + 0.1
+
+    encoder.preprocess = type(plain)([*steps[:-2], Brighter(), steps[-1]])
+    assert encoder.in_two_parts()[0] is encoder.preprocess
 
 
 def counting(encoder):
@@ -84,6 +204,62 @@ def test_changing_weights_or_a_tower_in_place_is_noticed(folder, cache):
     text, text_tower = gu.embed_texts(plain, ["a vase"]), plain.text_tower
     plain.text_tower = lambda texts: text_tower([t.upper() + " of gold" for t in texts])
     assert not np.allclose(gu.embed_texts(plain, ["a vase"]), text)
+
+
+def trimmed(image):
+    """A picture without its white border."""
+    pixels = np.asarray(image)
+    rows, columns = (np.flatnonzero((pixels < 255).any(axis=(2, axis))) for axis in (1, 0))
+    return image.crop((columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)) if len(rows) else image
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        trimmed,
+        lambda image: image.crop(image.getbbox()),  # without a black border
+        lambda image: image.reduce(2) if image.width > 600 else image,
+        lambda image: image.rotate(90, expand=True) if image.height > image.width else image,
+        lambda image: image.convert("L").convert("RGB") if image.width < 20 else image,
+        lambda image: image.point(lambda value: max(value, 30)),
+    ],
+)
+def test_preprocessing_that_changes_some_kind_of_picture_changes_the_key(change):
+    encoder = gu.load_encoder("mini", "cpu")
+    before, plain = encoder.fingerprint(), encoder.preprocess
+    encoder.preprocess = lambda image: plain(change(image))
+    changed = encoder.fingerprint()
+    encoder.preprocess = lambda image: plain(image)
+    assert changed != encoder.fingerprint() and encoder.fingerprint() != before
+
+
+def test_a_transform_s_own_description_is_part_of_the_key_and_its_address_is_not():
+    first, second = gu.load_encoder("mini", "cpu"), gu.load_encoder("mini", "cpu")
+    compose, steps = type(first.preprocess), first.preprocess.transforms
+
+    def defined_anew():
+        def same(image):
+            return image
+
+        return same
+
+    functions = [defined_anew(), defined_anew()]  # both live, so at two addresses
+    first.preprocess, second.preprocess = (compose([function, *steps]) for function in functions)
+    assert repr(first.preprocess) != repr(second.preprocess) and first.fingerprint() == second.fingerprint()
+
+    class Strict(torch.nn.Module):
+        def __init__(self, least):
+            super().__init__()
+            self.least = least
+
+        def forward(self, image):
+            return image.resize((self.least, self.least)) if image.width < 5 else image
+
+        def extra_repr(self):
+            return f"least={self.least}"
+
+    first.preprocess, second.preprocess = (compose([Strict(least), *steps]) for least in (64, 32))
+    assert first.fingerprint() != second.fingerprint(), "no test picture is that narrow"
 
 
 def test_a_damaged_cache_file_is_named_and_computed_again(folder, cache):
