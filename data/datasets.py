@@ -732,7 +732,10 @@ def load_beside(source: str | Path, split: str) -> ImageSet | None:
     if all(part.strip().partition(":")[0] in TABLE for part in str(source).split(" + ")) and not Path(source).exists():
         known = " + " not in str(source) and ":" not in str(source) and split in TABLE[str(source)]["splits"]
         return load(source, split) if known else None
-    return load(source, split) if gu.own_images.has_split(Path(source).expanduser(), split) else None
+    if not gu.own_images.has_split(Path(source).expanduser(), split):
+        return None
+    images = load(source, split)
+    return replace(images, name=f"{images.name} {split}")
 
 
 def question_of(train: ImageSet, other: ImageSet, mixed: str | None = None) -> str:

@@ -531,6 +531,98 @@ def test_cars_are_read_from_the_layout_with_two_folders_too(data, monkeypatch):
     assert [Path(path).parent.name for path in test.images] == ["cars_train", "cars_test", "cars_test"]
 
 
+@pytest.mark.parametrize(
+    "labels", ["cars_test_annos_withlabels.mat", "car_devkit/devkit/cars_test_annos_withlabels (1).mat"]
+)
+def test_cars_are_read_as_kaggle_nests_them(labels, data, monkeypatch):
+    top = data / "cars" / "stanford-cars-dataset"
+    for part, count in (("train", 2), ("test", 3)):
+        for i in range(count):
+            picture(top / f"cars_{part}" / f"cars_{part}" / f"{i + 1:06d}.jpg")
+    devkit = top / "car_devkit" / "devkit"
+    devkit.mkdir(parents=True)
+    savemat(devkit / "cars_meta.mat", {"class_names": CARS})
+    savemat(devkit / "cars_train_annos.mat", {"annotations": car_list("fname", [1, 99])})
+    savemat(
+        top / "cars_annos.mat", {"annotations": car_list("relative_im_path", [5] * 5, "car_ims/"), "class_names": CARS}
+    )
+    monkeypatch.setitem(ds.TABLE["cars"], "splits", {"train": [2, 2], "test": [3, 2]})
+    with pytest.raises(ValueError, match="cars_test_annos_withlabels.mat is in neither .*many copies lack it"):
+        gu.load_images("cars", "test")
+    savemat(top / labels, {"annotations": car_list("fname", [98, 196, 196])})
+    test = gu.load_images("cars", "test")
+    assert test.names == ["Maker Model 099 2012", "Maker Model 196 2012"], "the list that names other files is not used"
+    assert [Path(path).parent.name for path in test.images] == ["cars_train", "cars_test", "cars_test"]
+
+
+def test_cars_are_read_as_pytorch_metric_learning_has_them(data, monkeypatch):
+    top = data / "cars"
+    names = [name.replace("Model 099", "C/V") for name in CARS]
+    lists = {"train": [1, 99], "test": [98, 196, 99]}
+    for part, classes in lists.items():
+        lines = []
+        for i, number in enumerate(classes, 1):
+            folder = names[number - 1].replace("/", "-")
+            picture(top / "car_data" / "car_data" / part / folder / f"{i:05d}.jpg")
+            lines.append(f"{i:05d}.jpg,1,2,30,40,{number}\n")
+        write(top / f"anno_{part}.csv", "".join(lines))
+    write(top / "names.csv", "\n".join(names) + "\n")
+    monkeypatch.setitem(ds.TABLE["cars"], "splits", {"train": [2, 2], "test": [3, 2]})
+    test, train = gu.load_images("cars", "test"), gu.load_images("cars", "train")
+    assert test.names == ["Maker C/V 2012", "Maker Model 196 2012"] and train.names == [CARS[0], CARS[97]]
+    assert [path.parent.name for path in test.images] == ["Maker C-V 2012", "Maker Model 196 2012", "Maker C-V 2012"]
+
+
+def test_in_shop_is_read_from_the_large_pictures_too(data, monkeypatch):
+    build("in_shop", data, monkeypatch)
+    small = [path.name for path in gu.load_images("in_shop", "gallery").images]
+    (data / "in_shop" / "Img" / "img").rename(data / "in_shop" / "img_highres")
+    (data / "in_shop" / "Eval" / "list_eval_partition.txt").rename(data / "in_shop" / "list_eval_partition.txt")
+    large = gu.load_images("in_shop", "gallery")
+    assert [path.name for path in large.images] == small and "img_highres" in str(large.images[0])
+
+
+def test_captions_are_read_from_the_lists_of_clip_benchmark_too(data, monkeypatch):
+    build("coco", data, monkeypatch)
+    whole = {split: gu.load_images("coco", split) for split in ("train", "validation", "test")}
+    (data / "coco" / "caption_datasets" / "dataset_coco.json").unlink()
+    for part, images in (("train", whole["train"]), ("val", whole["validation"]), ("test", whole["test"])):
+        for path in images.images:
+            path.rename(path.with_name(f"COCO_{path.parent.name}_{path.name}"))
+        content = {"images": [], "annotations": []}
+        for row, path in enumerate(images.images):
+            content["images"].append({"id": 7 * row, "file_name": f"COCO_{path.parent.name}_{path.name}"})
+            told = [*images.captions[row], "a sixth one"]
+            content["annotations"] += [{"image_id": 7 * row, "caption": text} for text in told]
+        write(data / "coco" / f"coco_{part}_karpathy.json", content)
+    for split, images in whole.items():
+        found = gu.load_images("coco", split)
+        assert found.captions == images.captions and [p.parent.name for p in found.images] == [
+            p.parent.name for p in images.images
+        ]
+
+
+def test_flickr_is_read_from_the_lists_of_clip_benchmark_too(data, monkeypatch):
+    top = data / "flickr30k"
+    for part in ("train", "val", "test"):
+        lines = ["image,caption"]
+        for i in range(2):
+            picture(top / f"{part}{i}.jpg")
+            lines += [
+                f'{part}{i}.jpg,"Two men, one ""tall"" , walk ."',
+                f"{part}{i}.jpg,A man, walking",
+                f'{part}{i}.jpg,"Go" he says',
+            ]
+        write(top / f"flickr30k_{part}_karpathy.txt", "\n".join(lines) + "\n")
+    monkeypatch.setitem(ds.TABLE["flickr30k"], "splits", {split: [2] for split in ("train", "validation", "test")})
+    images = gu.load_images("flickr30k", "validation")
+    assert [path.name for path in images.images] == ["val0.jpg", "val1.jpg"]
+    assert images.captions[0] == ['Two men, one "tall" , walk .', "A man, walking", '"Go" he says']
+    (top / "val1.jpg").unlink()
+    with pytest.raises(ValueError, match="val1.jpg is missing"):
+        gu.load_images("flickr30k", "validation")
+
+
 def test_a_person_of_adience_is_the_third_part_from_the_end_of_the_file_name(data, monkeypatch):
     build("adience", data, monkeypatch)
     assert gu.load_images("adience").names == ["person 00002", "person 00010"]
@@ -1246,3 +1338,32 @@ def test_a_parquet_table_without_pyarrow_says_what_to_install(tmp_path, monkeypa
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(ImportError, match="pip install pyarrow"):
         gu.load_images(tmp_path / "set.parquet")
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [({"label": [1, 2]}, "a list .* where one text or number belongs"), ([1], "holds a list, not a dict")],
+)
+def test_a_label_of_a_tar_that_is_no_label_is_refused(cache, tmp_path, facts, message):
+    picture(tmp_path / "in" / "1.png")
+    write(tmp_path / "in" / "1.json", facts)
+    pack(tmp_path / "x.tar", tmp_path / "in")
+    with pytest.raises(ValueError, match=rf"1.json.*{message}"):
+        gu.load_images(tmp_path / "x.tar")
+
+
+def test_values_in_the_json_of_a_tar_keep_their_meaning(cache, tmp_path, capsys):
+    samples = [(2.0, ["a", None, 7]), (10, None), (0, "zero")]
+    for i, (label, caption) in enumerate(samples):
+        picture(tmp_path / "in" / f"{i}.png")
+        write(tmp_path / "in" / f"{i}.json", {"label": label, "caption": caption})
+    picture(tmp_path / "in" / "IMG.2020.01.jpg")  # not as webdataset names files
+    picture(tmp_path / "in" / "__MACOSX" / "9.png")
+    pack(tmp_path / "x.tar", tmp_path / "in")
+    images = gu.load_images(tmp_path / "x.tar")
+    assert images.names == ["00", "02", "10"] and images.captions == [["a", "7"], [], ["zero"]]
+    assert len(images.left_out) == 1 and "IMG.2020.01.jpg of x.tar (its name has several points" in images.left_out[0]
+    for i in range(3):
+        write(tmp_path / "in" / f"{i}.json", {"label": None})
+    pack(tmp_path / "y.tar", tmp_path / "in")
+    assert gu.load_images(tmp_path / "y.tar").labels is None, "what is missing is no class called None"

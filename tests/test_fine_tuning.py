@@ -4,6 +4,7 @@ import copy
 import functools
 import json
 import math
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,8 +17,10 @@ from accelerate import Accelerator
 from conftest import lift, run_apart, unit
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from pytorch_metric_learning.losses import ArcFaceLoss, CosFaceLoss, ProxyAnchorLoss, SubCenterArcFaceLoss
 from safetensors.torch import load_file, save_file
+from sklearn.metrics import average_precision_score
 from train_small import save_random, train_small
 
 import gpnns_utils as gu
@@ -106,6 +109,12 @@ def test_margins_and_starts_of_a_wrong_shape_are_refused():
         gu.training.ArcMargin(8, 3, margin=[0.1] * 4)
     with pytest.raises(ValueError, match=r"start has the shape \(1, 8\), not \(3, 8\)"):
         gu.training.ArcMargin(8, 3, start=np.ones((1, 8)))
+
+
+@pytest.mark.parametrize("margin", [28.6, 5.7, -0.1, float("nan"), float("inf"), [0.1, 30.0, 0.1]])
+def test_a_margin_that_cannot_be_radians_is_refused(margin):
+    with pytest.raises(ValueError, match="no angle in radians from 0 to 1.57; 20 degrees are 0.35"):
+        gu.training.ArcMargin(4, 3, margin=margin)
 
 
 def test_one_class_has_nothing_to_keep_a_margin_from():
@@ -234,6 +243,92 @@ def test_split_classes_shares_no_class_and_loses_no_image(classes, share, seed):
     kept, held = gu.split_classes(images, share, seed)
     assert not set(kept.labels) & set(held.labels) and len(kept) + len(held) == len(images)
     assert len(set(held.labels)) == max(2, round(share * classes))
+
+
+def shop(top, **parts):
+    """A folder for each part: {part: {class: numbers of its pictures}}; a picture is a colour of its class and number."""
+    for part, classes in parts.items():
+        for label, numbers in classes.items():
+            for i in numbers:
+                path = top / part / label / f"{i}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (20, 20), (ord(label[0]) * 2 - 100, 10 * i, 90)).save(path)
+    return top
+
+
+def test_other_classes_are_an_open_question_in_which_images_search_each_other(tmp_path, capsys):
+    top = shop(tmp_path, train={c: range(3) for c in "abcdefghij"}, test={c: range(3) for c in "xyz"})
+    for splits in (gu.load_splits(top / "train", top / "test"), gu.load_splits(top)):
+        assert (
+            splits.question == "open" and splits.test[0] is splits.test[1] and splits.test[0].names == ["x", "y", "z"]
+        )
+        assert (
+            splits.validation[0] is splits.validation[1] and len(splits.validation[0]) == 6 and len(splits.train) == 24
+        )
+        train, validation, test = splits.open_sets()
+        named = [{images.names[label] for label in images.labels} for images in (train, validation, test)]
+        assert not (named[0] & named[1] or named[0] & named[2])
+    assert capsys.readouterr().out.count("the question is open: 3 classes that are not trained on") == 2
+
+
+def test_other_pictures_of_the_same_classes_are_a_closed_question_in_which_they_search_what_is_trained_on(
+    tmp_path, capsys
+):
+    top = shop(tmp_path, train={c: range(5) for c in "abcdefgh"}, test={c: (7, 9) for c in "bdh"})
+    splits = gu.load_splits(top / "train", top / "test")
+    assert splits.question == "closed"
+    (chosen, catalogue), (queries, gallery) = splits.validation, splits.test
+    assert catalogue is gallery is splits.train and len(gallery) == 36 and len(chosen) == 4 and len(queries) == 6
+    assert [queries.names[label] for label in queries.labels] == ["b", "b", "d", "d", "h", "h"]
+    assert [gallery.names[label] for label in gallery.labels[[0, -1]]] == ["a", "h"], "labels mean the same classes"
+    assert not set(chosen.images) & set(gallery.images)
+    said = capsys.readouterr().out
+    assert (
+        "the question is closed: 6 other images of classes that are trained on; they search the 36 training images"
+        in said
+    )
+    encoder = gu.load_encoder("pixels", "cpu")
+    encoder.image_tower = lambda batch: batch.flatten(1)  # the color itself
+    scores = gu.embed_images(encoder, queries, cache=False) @ gu.embed_images(encoder, gallery, cache=False).T
+    precisions = [
+        average_precision_score(gallery.labels == own, row) for own, row in zip(queries.labels, scores, strict=True)
+    ]
+    found = gu.training.image_to_image(encoder, *splits.test)
+    np.testing.assert_allclose(found.per_query, precisions, atol=1e-6)
+    with pytest.raises(
+        ValueError, match="test shows the classes that are trained on .*closed.*give images of other classes"
+    ):
+        splits.open_sets()
+
+
+def test_a_folder_with_all_three_splits_brings_its_own(tmp_path, capsys):
+    top = shop(tmp_path, train={c: range(3) for c in "abcd"}, val={c: [4] for c in "ab"}, test={c: [5] for c in "abcd"})
+    splits = gu.load_splits(top)
+    assert splits.question == "closed" and [len(part[0]) for part in (splits.validation, splits.test)] == [2, 4]
+    assert len(splits.train) == 12 and splits.validation[1] is splits.train
+    shop(tmp_path, val={"x": [4]})
+    assert len(gu.load_splits(top).train) == 10, "a validation that mixes both questions is not used"
+    assert (
+        f"{tmp_path.name} validation does not ask the same (closed) as {tmp_path.name} test" in capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        (
+            {"train": {"a": [1, 2], "b": [1, 2]}, "test": {"a": [3], "x": [3]}},
+            "1 of the 2 classes of test are trained on",
+        ),
+        ({"train": {"a": [1, 2], "b": [1, 2]}, "test": {"a": [2, 3]}}, "1 of 2 images of test are also trained on"),
+        ({"train": {"a": [1], "b": [1]}, "test": {"a": [2]}}, "one image for nearly every class"),
+        ({"train": {"a": [1, 2], "b": [1, 2]}, "test": {"x": [1], "y": [2]}}, "two classes with two images each"),
+    ],
+)
+def test_a_test_that_asks_two_things_or_shows_what_is_trained_on_is_refused(tmp_path, parts, message):
+    shop(tmp_path, **parts)
+    with pytest.raises(ValueError, match=message):
+        gu.load_splits(tmp_path / "train", tmp_path / "test")
 
 
 def test_training_needs_labels_and_two_classes_and_readable_files(folder):
@@ -552,6 +647,27 @@ def test_whatever_decides_what_is_learned_makes_another_training(tmp_path, folde
     changes = ["", "patches", "labels", "view", "images", "weights", "scale", "code", "balance", "fewer"]
     assert [train(change) for change in changes] == list(range(1, 11))
     assert train("") == 10, "the first is recognised"
+
+
+def test_pictures_replaced_under_their_names_train_anew_and_renamed_ones_do_not(tmp_path, folder):
+    def train():
+        torch.manual_seed(0)
+        encoder = gu.load_encoder("random", "cpu")
+        data = gu.training.TrainingImages(gu.load_images(folder), encoder.preprocess)
+        objective = gu.training.ImageObjective(encoder, gu.training.ArcMargin(encoder.dim, 3))
+        gu.training.fit(objective, data, tmp_path / "runs", gu.training.image_parameters(encoder, 1e-4), batch_size=6)
+        return len(list((tmp_path / "runs").iterdir()))
+
+    assert [train(), train()] == [1, 1]
+    for label, other in (("blue", "red"), ("red", "green")):
+        for i in range(1, 3):  # the first, some of which the key embeds, stay as they are
+            replaced, times = folder / label / f"{i}.png", (folder / label / f"{i}.png").stat()
+            replaced.write_bytes((folder / other / f"{i + 1}.png").read_bytes())
+            os.utime(replaced, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert [train(), train()] == [2, 2]
+    folder.rename(folder.with_name("moved"))
+    folder = folder.with_name("moved")
+    assert train() == 2, "the same pictures elsewhere are the same training"
 
 
 def test_training_in_stages_is_calling_fit_twice(tmp_path):

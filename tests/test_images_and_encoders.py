@@ -182,6 +182,53 @@ def test_safetensors_checkpoints_load_into_open_clip_and_mini(tiny_clip, tmp_pat
     assert torch.equal(tuned.model.state_dict()["visual.proj"], changed["visual.proj"])
 
 
+@pytest.mark.parametrize(
+    ("weights", "average"), [("state_dict", "state_dict_ema"), ("model", "model_ema"), ("model", "ema")]
+)
+def test_the_average_beside_the_weights_is_taken_and_said(tiny_clip, tmp_path, weights, average):
+    plain = tiny_clip.state_dict()
+    better = {key: value * 2 if value.is_floating_point() else value for key, value in plain.items()}
+    torch.save({"epoch": 3, weights: plain, average: better, "optimizer": {}}, tmp_path / "both.pt")
+    with pytest.warns(
+        UserWarning, match=f"holds weights \\('{weights}'\\) and their average \\('{average}'\\): the average"
+    ):
+        state = gu.load_checkpoint(tmp_path / "both.pt")
+    assert torch.equal(state["visual.proj"], 2 * plain["visual.proj"])
+    torch.save({weights: plain, average: None}, tmp_path / "none.pt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(gu.load_checkpoint(tmp_path / "none.pt")["visual.proj"], plain["visual.proj"])
+
+
+def test_torch_s_own_average_of_weights_loads(tiny_clip, tmp_path):
+    averaged = torch.optim.swa_utils.AveragedModel(tiny_clip)
+    torch.save(averaged.state_dict(), tmp_path / "swa.pt")
+    encoder = gu.load_encoder(f"open_clip:tiny-clip@{tmp_path}/swa.pt", "cpu")
+    assert torch.equal(encoder.model.visual.proj, tiny_clip.visual.proj)
+
+
+def test_of_several_models_in_a_checkpoint_none_is_guessed(tiny_clip, tmp_path):
+    state = tiny_clip.state_dict()
+    torch.save({"student": state, "teacher": state, "epoch": 1}, tmp_path / "dino.pt")
+    with pytest.raises(ValueError, match="holds several models: student, teacher; save one"):
+        gu.load_checkpoint(tmp_path / "dino.pt")
+    torch.save({"a.weight": torch.zeros(1), "module.a.weight": torch.ones(1)}, tmp_path / "two.pt")
+    with pytest.raises(ValueError, match="two tensors for a.weight, one as module.a.weight"):
+        gu.load_checkpoint(tmp_path / "two.pt")
+
+
+def test_untrained_weights_have_to_be_asked_for_and_are_the_same_each_time(tiny_clip):
+    with pytest.raises(
+        ValueError, match="'open_clip:tiny-clip' does not say which weights; there are none under a name"
+    ):
+        gu.load_encoder("open_clip:tiny-clip", "cpu")
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = gu.load_encoder("open_clip:tiny-clip/random", "cpu")
+    assert torch.equal(before, torch.get_rng_state())
+    assert first.fingerprint() == gu.load_encoder("open_clip:tiny-clip/random", "cpu").fingerprint()
+
+
 def activations(module):
     return {type(m).__name__ for m in module.modules()}
 
@@ -288,7 +335,6 @@ def test_settings_that_change_features_change_the_fingerprint(tmp_path):
             "open_clip:ViT-B-32",
             "does not say which weights; there are ViT-B-32/openai, .*ViT-B-32/random asks for untrained",
         ),
-        ("open_clip:ViT-B-32/opena@weights.pt", "no weights 'opena'"),
         ("timm:mobilenetv2_03", "did you mean mobilenetv2"),
         ("gpnns:ViT-B", "needs a file"),
     ],

@@ -144,6 +144,47 @@ def test_minus_one_leaves_nothing_out():
     np.testing.assert_array_equal(kept, gu.rank_relevant(x, x, [[4]] * 5))
 
 
+def test_masks_and_row_numbers_say_the_same():
+    x, labels = unit(np.random.default_rng(0), 12, 4), np.arange(12) % 3
+    same = labels[:, None] == labels
+    rows = gu.rank_relevant(x, x, gu.same_label(labels, labels), leave_out=np.arange(12)[:, None])
+    np.testing.assert_array_equal(gu.rank_relevant(x, x, same, leave_out=np.eye(12, dtype=bool)), rows)
+    np.testing.assert_array_equal(gu.rank_relevant(x, x, list(same), leave_out=[[i, -1] for i in range(12)]), rows)
+    assert np.isnan(gu.recall_at_k(gu.rank_relevant(x, x, [[]] * 12)).per_query).all()
+
+
+@pytest.mark.parametrize(
+    ("relevant", "message"),
+    [
+        ([2, -1], "the relevant rows of query 0 hold -1, which is no row of 5; leave out what is not there"),
+        ([5], "hold 5, which is no row of 5"),
+        ([1.0, 2.7], "must be row numbers, or a mask of 5 entries, not float64"),
+        ([True, False], r"must be row numbers, or a mask of 5 entries, not bool \(2,\)"),
+        (["cat"], "must be row numbers"),
+        (3, "must be row numbers"),
+    ],
+)
+def test_what_is_no_row_of_the_gallery_is_refused(relevant, message):
+    x = unit(np.random.default_rng(0), 5, 3)
+    with pytest.raises(ValueError, match=message):
+        gu.rank_relevant(x[:1], x, [relevant])
+    with pytest.raises(ValueError, match=message.partition("the relevant rows of query 0 ")[2] or message):
+        gu.ImageSet("five", np.zeros((5, 4, 4, 3), np.uint8)).subset(relevant)
+
+
+def test_what_is_no_row_is_refused_wherever_rows_are_given():
+    x = unit(np.random.default_rng(0), 5, 3)
+    for wrong in ([[7]], [[0.5]], [[-2]]):
+        with pytest.raises(ValueError, match="the rows that query 0 leaves out"):
+            gu.rank_relevant(x[:1], x, [[1]], leave_out=wrong)
+    for wrong in (np.array([5] * 5), np.array([-2] * 5), np.arange(5.0)):
+        with pytest.raises(ValueError, match="own .*row"):
+            gu.search(x, x, 2, own=wrong)
+    images = gu.ImageSet("five", np.zeros((5, 4, 4, 3), np.uint8))
+    shown = gu.show_neighbors(["a query"], images, np.array([[0, -1, -1]]), np.array([[0.5, 0, 0]], np.float32))
+    assert shown.data == gu.show_neighbors(["a query"], images, np.array([[0]]), np.array([[0.5]], np.float32)).data
+
+
 def test_a_query_without_anything_to_find_does_not_count():
     x = unit(np.random.default_rng(0), 3, 4)
     labels = np.array([0, 0, 1])
