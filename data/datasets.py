@@ -139,8 +139,8 @@ class ImageSet:
         """`digest` of every image. Files are read by several threads: a disk, or a network, answers many at once."""
         progress, found = gu.Progress(len(self), f"reading {self.name}"), []
         with ThreadPoolExecutor(8) as pool:
-            for digest in pool.map(self.digest, range(len(self))):
-                found.append(digest)
+            for rows in gu.consecutive(len(self), 1024):
+                found += pool.map(self.digest, rows)
                 progress.update(len(found))
         return found
 

@@ -277,6 +277,9 @@ def build_timm(spec: str, name: str, state: dict | None, device: torch.device) -
     known = timm.list_models(), timm.list_pretrained()
     if name.split(".")[0] not in known[0] or ("." in name and name not in known[1]):
         raise ValueError(f"timm has no model {name!r}{gu.datasets.suggest(name, [*known[0], *known[1]])}")
+    if state is None and not any(one.split(".")[0] == name.split(".")[0] for one in known[1]):
+        similar = gu.datasets.suggest(name, known[1])
+        raise ValueError(f"timm has no weights for {name!r}; a file of your own goes behind an @{similar}")
     overlay = {key: settings.pop(key) for key in ("mean", "std", "crop_pct", "interpolation") if key in settings}
     overlay.update({key: (overlay[key],) * 3 for key in ("mean", "std") if key in overlay})
     settings |= {"pretrained": state is None, "num_classes": 0, "pretrained_cfg_overlay": overlay}

@@ -296,7 +296,7 @@ def test_other_pictures_of_the_same_classes_are_a_closed_question_in_which_they_
     found = gu.training.image_to_image(encoder, *splits.test)
     np.testing.assert_allclose(found.per_query, precisions, atol=1e-6)
     with pytest.raises(
-        ValueError, match="test shows the classes that are trained on .*closed.*give images of other classes"
+        ValueError, match="test shows the classes that are trained on.*closed.*give images of other classes"
     ):
         splits.open_sets()
 

@@ -335,6 +335,10 @@ def test_settings_that_change_features_change_the_fingerprint(tmp_path):
             "open_clip:ViT-B-32",
             "does not say which weights; there are ViT-B-32/openai, .*ViT-B-32/random asks for untrained",
         ),
+        (
+            "timm:test_vit4",
+            "timm has no weights for 'test_vit4'; a file of your own goes behind an @; did you mean test_vit",
+        ),
         ("timm:mobilenetv2_03", "did you mean mobilenetv2"),
         ("gpnns:ViT-B", "needs a file"),
     ],
