@@ -449,6 +449,8 @@ def row_numbers(rows: Sequence, size: int, what: str, none: bool = False) -> Arr
         return np.empty(0, dtype=np.int64)
     if rows.ndim != 1 or rows.dtype.kind not in "iu":
         raise ValueError(f"{what} must be row numbers, or a mask of {size} entries, not {rows.dtype} {rows.shape}")
+    if len(rows) == size > 2 and 0 <= rows.min() <= rows.max() <= 1:
+        raise ValueError(f"{what}: {size} zeros and ones seem to be a mask; give it as booleans, mask.astype(bool)")
     if rows.min() < -none or rows.max() >= size:
         wrong = rows[(rows < -none) | (rows >= size)][0]
         raise ValueError(f"{what} hold {wrong}, which is no row of {size}; leave out what is not there")
@@ -491,12 +493,12 @@ def search(
     if bias is not None and (index is not None or metric not in ("cosine", "inner")):
         index_of = "build the index from with_bias(gallery, bias) and ask it with_bias(queries), metric='inner'"
         raise ValueError(f"a bias belongs to exact search with the metrics cosine and inner; else {index_of}")
-    if own is not None and np.shape(own) != (len(queries),):
-        raise ValueError(f"own needs one row number, or -1, for each of {len(queries)} queries, not {np.shape(own)}")
     if own is not None:
-        row_numbers(
-            np.asarray(own).astype(int) if np.asarray(own).dtype == bool else own, len(gallery), "own", none=True
-        )
+        own = np.asarray(own)
+        if own.shape != (len(queries),) or own.dtype.kind not in "iu" or own.min() < -1 or own.max() >= len(gallery):
+            raise ValueError(
+                f"own needs one row of the gallery, or -1, for each of {len(queries)} queries, not {own!r}"
+            )
     reach = k + (own is not None)
     if index is None:
         scores, rows = exact_search(queries, gallery, reach, metric, bias, "the gallery")
@@ -513,7 +515,7 @@ def search(
     if own is None:
         return scores, rows
     # The query's own row goes where it is found; where something else pushed it out, the last neighbour goes.
-    is_own = (rows == np.asarray(own)[:, None]) & (rows >= 0)
+    is_own = (rows == own[:, None]) & (rows >= 0)
     is_own[~is_own.any(axis=1), -1] = True
     return scores[~is_own].reshape(len(rows), k), rows[~is_own].reshape(len(rows), k)
 

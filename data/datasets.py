@@ -214,10 +214,12 @@ class Decoded(Dataset):
         return self.preprocess(image)
 
 
-def stacked(items: list[torch.Tensor | None]) -> tuple[int, list[int], np.ndarray | None]:
+def stacked(items: list[torch.Tensor | None]) -> tuple[int, list[int], np.ndarray]:
     """A batch of `Decoded`: its size, which of its images were readable, and those as one array."""
     readable = [i for i, item in enumerate(items) if item is not None]
-    return len(items), readable, torch.stack([items[i] for i in readable]).numpy() if readable else None
+    pixels = torch.stack([items[i] for i in readable]) if readable else torch.empty(0)
+    pixels = pixels.float() if pixels.dtype == torch.bfloat16 else pixels  # which numpy does not know
+    return len(items), readable, pixels.numpy()
 
 
 def decoders(images: ImageSet) -> int:
@@ -232,13 +234,16 @@ def from_workers(dataset: Dataset, batches: Iterable, workers: int, collate: Cal
     which Docker gives 64 MB in all, and keep a file open for it. Where workers cannot be started or are lost, half as
     many go on where they were, and at last this process alone, with the same results and a warning.
     """
-    batches, asked = iter(batches), collections.deque()
+    batches, asked, broken = iter(batches), collections.deque(), []
 
     def draw(again: list) -> Iterator:
         yield from again
-        for batch in batches:
-            asked.append(batch)
-            yield batch
+        try:
+            for batch in batches:
+                asked.append(batch)
+                yield batch
+        except Exception as error:  # not the workers' fault
+            broken.append(error)
 
     while True:
         try:
@@ -246,10 +251,16 @@ def from_workers(dataset: Dataset, batches: Iterable, workers: int, collate: Cal
             for items in loader:
                 asked.popleft()
                 yield items
+            if broken:
+                raise broken[0]
+            if asked:
+                raise ValueError(
+                    f"an item of the rows {asked[0]} raised StopIteration, which would end the reading unseen"
+                )
             return
         except (OSError, RuntimeError, MemoryError) as error:
-            of_an_item = "in DataLoader worker process" in str(error) and type(error) is RuntimeError
-            if workers == 0 or of_an_item:
+            short = isinstance(error, MemoryError) or any(f"[Errno {code}]" in str(error) for code in EXHAUSTED)
+            if workers == 0 or broken or ("in DataLoader worker process" in str(error) and not short):
                 raise
             workers, lost = workers // 2, workers
             reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
@@ -682,12 +693,12 @@ def load_splits(train_images: str | Path, test_images: str | Path = "", seed: in
     `train_images` where it has one, or else a fifth of the classes, cut off. When they show none of the classes that are
     trained on the question is open, when they show only those it is closed: can new pictures of known things be found?
     To choose on serves a split "validation" that asks the same, or else a tenth of the classes (open) or of the images
-    (closed) is cut off.
+    (closed) is cut off. Where `train_images` has splits "query" and "gallery" those are the test.
 
     Raises ValueError without labels, for too few classes, for a test that mixes both questions, and when a picture of a
     closed test is trained on.
     """
-    train = load(train_images, "train")
+    train, searched = load(train_images, "train"), None
     if str(train_images) == "mini":
         if test_images:
             raise ValueError("test_images belong to train_images of your own; the drawn world brings its test")
@@ -697,6 +708,9 @@ def load_splits(train_images: str | Path, test_images: str | Path = "", seed: in
             raise ValueError(f"{train_images} {NO_LABELS}")
         test = load(test_images, "test") if test_images else load_beside(train_images, "test")
         validation = load_beside(train_images, "validation")
+        if test is None and not test_images:
+            queries, gallery = (load_beside(train_images, part) for part in ("query", "gallery"))
+            test, searched = (queries, gallery) if queries and gallery else (None, None)
         if test is None:
             train, test = split_classes(train, 0.2, seed)
     if test.labels is None:
@@ -706,20 +720,33 @@ def load_splits(train_images: str | Path, test_images: str | Path = "", seed: in
     if not drawn and validation and (validation.labels is None or question_of(train, validation, "") != question):
         print(f"{validation.name} does not ask the same ({question}) as {test.name}, and is left aside")
         validation = None
+    if question == "open" and validation and not drawn and question_of(test, validation, "") != "open":
+        print(f"{validation.name} shows classes of {test.name}, which must not choose, and is left aside")
+        validation = None
+    if searched is not None:
+        test = check_apart(with_labels_of(searched, test), searched)
     if question == "open":
-        if (np.unique(test.labels, return_counts=True)[1] > 1).sum() < 2:
+        if searched is None and (np.unique(test.labels, return_counts=True)[1] > 1).sum() < 2:
             raise ValueError(f"{test.name} needs at least two classes with two images each, to measure on")
+        for held in () if drawn else filter(None, (test, searched, validation)):
+            if twice := images_in_both(train, held):
+                print(f"{len(twice)} images of {held.name} are trained on too, under another label; they are not, now")
+                train = train.subset(np.setdiff1d(np.arange(len(train)), [row for row, _ in twice]))
         if validation is None:
             train, validation = split_classes(train, 0.1, seed)
-        splits = Splits(question, train, (validation, validation), (test, test))
-        how = f"{len(np.unique(test.labels))} classes that are not trained on; their images search each other"
+        splits = Splits(question, train, (validation, validation), (test, test if searched is None else searched))
+        how = f"{len(np.unique(test.labels))} classes that are not trained on; " + (
+            "their images search each other"
+            if searched is None
+            else f"they search {len(searched):,} images of their own"
+        )
     else:
-        test = check_apart(with_labels_of(train, test), train)
+        test = check_apart(with_labels_of(train, test), train) if searched is None else test
         if validation is None:
             train, validation = split_images(train, 0.1, seed)
         else:
-            validation = check_apart(with_labels_of(train, validation), train)
-        splits = Splits(question, train, (validation, train), (test, train))
+            validation = check_apart(check_apart(with_labels_of(train, validation), train), test)
+        splits = Splits(question, train, (validation, train), (test, train if searched is None else searched))
         how = (
             f"{len(test):,} other images of classes that are trained on; they search the {len(train):,} training images"
         )
@@ -755,21 +782,33 @@ def question_of(train: ImageSet, other: ImageSet, mixed: str | None = None) -> s
 
 
 def with_labels_of(train: ImageSet, other: ImageSet) -> ImageSet:
-    """The other set with the class numbers of the first, whose classes hold all of its own."""
+    """The other set with the class numbers of the first. ValueError when that has not all of its classes."""
     numbers = {name: number for number, name in enumerate(train.names)}
+    if missing := sorted({other.names[label] for label in other.labels} - set(numbers)):
+        raise ValueError(f"{train.name} has no image of {missing[0]}, which {other.name} asks for")
     return replace(other, labels=np.array([numbers[other.names[label]] for label in other.labels]), names=train.names)
 
 
 def check_apart(other: ImageSet, train: ImageSet) -> ImageSet:
     """The other set; ValueError when a picture of it is in the first: it would find itself."""
-    known = dict(zip(train.digests(), range(len(train)), strict=True))
-    twice = [(row, known[digest]) for row, digest in enumerate(other.digests()) if digest in known]
-    if twice:
+    if twice := images_in_both(train, other):
         raise ValueError(
-            f"{len(twice)} of {len(other)} images of {other.name} are also trained on, for example {other.describe(twice[0][0])} as "
-            f"{train.describe(twice[0][1])}: each would find itself; take them out of one"
+            f"{len(twice)} of {len(other)} images of {other.name} are also in {train.name}, for example "
+            f"{other.describe(twice[0][1])} as {train.describe(twice[0][0])}: each would find itself; take them out of one"
         )
     return other
+
+
+def images_in_both(one: ImageSet, other: ImageSet) -> list[tuple[int, int]]:
+    """(row, row) of the images that two sets share. Only files of the same size are read."""
+
+    def sizes(images: ImageSet) -> list[int]:
+        return [0 if isinstance(images.images, np.ndarray) else file_size(Path(path)) for path in images.images]
+
+    ours, theirs = np.array(sizes(one)), np.array(sizes(other))
+    rows, others = np.flatnonzero(np.isin(ours, theirs)), np.flatnonzero(np.isin(theirs, ours))
+    known = dict(zip(other.subset(others).digests(), others, strict=True))
+    return [(row, known[d]) for row, d in zip(rows, one.subset(rows).digests(), strict=True) if d in known]
 
 
 def split_images(images: ImageSet, share: float, seed: int = 0) -> tuple[ImageSet, ImageSet]:
@@ -828,7 +867,7 @@ def read_json(path: Path):
     text = gu.own_images.read_text(path)
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}); correct it, or get it again") from error
 
 

@@ -67,7 +67,7 @@ class Encoder:
 
     def in_two_parts(self) -> tuple[Callable, Callable]:
         """`preprocess` for a worker, PIL image -> uint8 tensor, and for the device, a batch of those -> float: a quarter
-        of the bytes travels between them. Where that would not give the same to the last bit, all of it and no change."""
+        of the bytes travels between them. Where the CPU would not make the same of it to the last bit: all of it, no change."""
         from torchvision import transforms
 
         steps = list(getattr(self.preprocess, "transforms", ()))
@@ -97,12 +97,12 @@ class Encoder:
         """
         digest = hashlib.blake2b(of.encode(), digest_size=12)
         for picture in probes() if of == "images" else ():
-            digest.update(self.preprocess(picture).numpy().tobytes())
+            digest.update(self.preprocess(picture).float().numpy().tobytes())
         digest.update(described(self.preprocess).encode() if of == "images" else b"")
         whole = self.model if self.model is not None else self.image_tower
         if isinstance(whole, torch.nn.Module):
             visual = getattr(whole, "visual", None) if self.text_tower is not None else None
-            digest.update(repr(whole).encode())
+            digest.update(described(whole).encode())
             if of == "images":
                 digest.update(weights_digest(whole if visual is None else visual))
             else:
@@ -426,15 +426,14 @@ def load_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
         plain_name(key): value for key, value in state.items() if key != "n_averaged"
     }  # a count of torch's swa_utils
     if len(named) < len(state) - ("n_averaged" in state):
-        twice = next(key for key in state if plain_name(key) != key and plain_name(key) in state)
-        raise ValueError(
-            f"{path} holds two tensors for {plain_name(twice)}, one as {twice}; save one of the models alone"
-        )
+        twice = next(name for name in named if [*map(plain_name, state)].count(name) > 1)
+        found = ", ".join(key for key in state if plain_name(key) == twice)
+        raise ValueError(f"{path} holds several tensors for {twice} ({found}); save one of the models alone")
     return named
 
 
 WEIGHTS = ("state_dict", "model", "model_state_dict", "module", "net", "weights")  # where trainings keep them
-AVERAGES = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")  # and an average of them over steps
+AVERAGE = re.compile(r"(^|_)(ema|swa|avg|average|averaged)(_|$)")  # and how an average of them over steps is called
 
 
 def unwrapped(content, path: Path) -> dict[str, torch.Tensor]:
@@ -446,8 +445,17 @@ def unwrapped(content, path: Path) -> dict[str, torch.Tensor]:
         return content
     parts = [key for key, value in content.items() if isinstance(value, dict)] if isinstance(content, dict) else []
     states = [key for key in parts if is_state(content[key])]
-    average = next((key for key in AVERAGES if key in states), None)
+    averages = [key for key in parts if AVERAGE.search(str(key))]
+    average = next((key for key in averages if holds_state(content[key])), None)
     weights = next((key for key in WEIGHTS if key in parts), None)
+    if averages and not average:
+        unnamed = (
+            f"{path} holds an average ({averages[0]!r}) whose tensors have no names; the weights themselves are taken"
+        )
+        warnings.warn(unnamed, stacklevel=4)
+    others = [key for key in states if key not in (weights, *averages)]
+    if weights in states and not average and any(content[weights].keys() == content[key].keys() for key in others):
+        weights = None  # two models alike
     if average and weights:
         warnings.warn(
             f"{path} holds weights ({weights!r}) and their average ({average!r}): the average is taken. For the others, save "
@@ -462,11 +470,19 @@ def unwrapped(content, path: Path) -> dict[str, torch.Tensor]:
         raise ValueError(
             f"{path} holds several models: {', '.join(map(str, states))}; save one, torch.load(path)[...], alone"
         )
-    raise ValueError(f"{path} holds no state dict (a dict of tensors, perhaps under 'state_dict')")
+    plain = [str(k) for k, v in content.items() if not isinstance(v, torch.Tensor)] if isinstance(content, dict) else []
+    found = f"; it holds {', '.join(plain[:5])}" if plain else ""
+    raise ValueError(f"{path} holds no state dict (a dict of tensors, perhaps under 'state_dict'){found}")
 
 
 def is_state(content) -> bool:
-    return isinstance(content, dict) and bool(content) and all(isinstance(v, torch.Tensor) for v in content.values())
+    """Whether this is a dict of tensors by name."""
+    named = isinstance(content, dict) and bool(content) and all(isinstance(key, str) for key in content)
+    return named and all(isinstance(value, torch.Tensor) for value in content.values())
+
+
+def holds_state(content) -> bool:
+    return is_state(content) or (isinstance(content, dict) and any(map(holds_state, content.values())))
 
 
 def plain_name(key: str) -> str:

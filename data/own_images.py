@@ -9,11 +9,13 @@ texts -> folders -> captions -> tables -> tars -> all of them
 from __future__ import annotations
 
 import codecs
+import collections
 import csv
 import functools
 import hashlib
 import math
 import os
+import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -90,7 +92,7 @@ def as_text(value) -> str:
         return ""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    if not isinstance(value, (str, int, float)):
+    if not isinstance(value, (str, int, float)) or isinstance(value, bool):
         raise ValueError(f"a {type(value).__name__} ({str(value)[:60]}) where one text or number belongs")
     return unicodedata.normalize("NFC", str(value).strip())
 
@@ -132,7 +134,8 @@ def kind_of(path: str | Path) -> str:
 
 def split_of(name: str) -> str:
     """The split that a folder or a cell of a table names: "val" is "validation". "" for any other name."""
-    return next((split for split, names in SPLITS.items() if name.casefold() in names), "")
+    name = re.sub(r"[-_ ]*(set|split|images|(19|20)\d\d)$", "", name.casefold())  # train_set, val2017
+    return next((split for split, names in SPLITS.items() if name in names), "")
 
 
 def choose_split(folder: Path, inside: set[str], split: str) -> str | None:
@@ -167,24 +170,53 @@ def has_split(source: Path, split: str) -> bool:
     return "split" in columns and any(split_of(as_text(line["split"])) == split for _, line in lines)
 
 
+def folders_with(paths: list[Path], folder: Path) -> set[str]:
+    """The names of the subfolders in which some of the paths lie."""
+    return {
+        path.relative_to(folder).parts[0] for path in paths if path.parent != folder and path.is_relative_to(folder)
+    }
+
+
+def shards_of(shards: list[Path], split: str) -> list[Path]:
+    """The tars of a split where their names tell it, as in train-0000.tar; else all. ValueError when there are none."""
+    splits = {path: split_of(re.split(r"[-_.\d]", path.stem)[0]) for path in shards}
+    if not any(splits.values()):
+        return shards
+    fitting = [path for path, meant in splits.items() if meant == (split_of(split) or split)]
+    if not fitting:
+        raise ValueError(f"{shards[0].parent} has tars of {', '.join(sorted(set(splits.values())))}, but no {split}")
+    return fitting
+
+
 def read_folder(folder: Path, split: str) -> tuple[list[dict], list[str], list[str]]:
     """The images below `folder`, with label and group from the names of its folders."""
     files, passed = datasets.walk(folder)
     known = readable()
     pictures = [path for path in files if kind_of(path) in PICTURES]
-    pictures = pictures or [path for path in files if kind_of(path) == ".tar"]
-    inside = {path.relative_to(folder).parts[0] for path in pictures if path.parent != folder}
+    tars = [path for path in files if kind_of(path) == ".tar"]
+    unread = f"{len(tars)} tar files beside the pictures passed over" if pictures and tars else ""
+    pictures = pictures or tars
+    inside = folders_with(pictures, folder)
+    while len(inside) == 1 and all(path.parent != folder for path in pictures):
+        inner = folder / min(inside)
+        below = folders_with(pictures, inner)
+        if split_of(inner.name) or not below or choose_split(inner, below, split) is None:
+            break
+        folder, inside = inner, below  # a folder around the splits
     part = choose_split(folder, inside, split)
     top = folder / part if part else folder
     notes = [f"split {part}" if part else "no splits"]
     if part and (others := sorted(name for name in inside if not split_of(name) and name != part)):
         notes.append(f"folders beside the splits passed over: {', '.join(others)}")
+    if part and (beside := sorted(name for name in inside if name != part and split_of(name))):
+        notes.append(f"beside it {', '.join(beside)}")
+    notes += [unread] if unread else []
     notes += [f"passed over: {', '.join(passed)}"] if passed else []
     pictures = [path for path in pictures if path.is_relative_to(top)]
     paths = [path for path in pictures if kind_of(path) in known]
     left_out = [f"{printable(p)} (this Pillow cannot read {kind_of(p)})" for p in pictures if kind_of(p) not in known]
     if shards := [path for path in pictures if kind_of(path) == ".tar"]:
-        rows, left_out, more = read_shards(shards)
+        rows, left_out, more = read_shards(shards if part else shards_of(shards, split))
         return rows, left_out, notes + more
     if not paths:
         kinds = sorted({kind_of(path) or "no suffix" for path in files if path.is_relative_to(top)})
@@ -214,15 +246,22 @@ def add_captions(rows: list[dict], path: Path, top: Path) -> list[str]:
         raise ValueError(f'{path} must hold {{"label": ["a caption", ...], ...}}, not a {type(given).__name__}')
     captions = {}
     for key, value in given.items():
-        value = value.get("captions", value.get("caption")) if isinstance(value, dict) else value
         try:
+            if isinstance(value, dict):
+                if not {"captions", "caption"} & value.keys():
+                    raise ValueError(f"a dict without 'captions' ({', '.join(map(str, value))})")
+                value = value.get("captions", value.get("caption"))
             captions[printable(key)] = as_texts(value)
         except ValueError as error:
             raise ValueError(f"{path}, {key!r}: {error}; give a list of texts") from error
-    used = set()
+    used, alike = set(), collections.Counter(printable(row["path"].name) for row in rows)
     for row in rows:
         names = (row["label"], printable(row["path"].relative_to(top).as_posix()), printable(row["path"].name))
         found = [name for name in dict.fromkeys(names) if name in captions]
+        if names[2] in found and names[2] not in names[:2] and alike[names[2]] > 1:
+            raise ValueError(
+                f"{path}: {names[2]!r} names {alike[names[2]]} images; write the folder too, as in {names[1]!r}"
+            )
         row["captions"] = [text for name in found for text in captions[name]]
         used.update(found)
     unused = [key for key in captions if key not in used]
@@ -237,7 +276,7 @@ def add_captions(rows: list[dict], path: Path, top: Path) -> list[str]:
 
 COLUMNS = {  # the names that other programs give to the columns; the first that is there counts
     "path": ("path", "filepath", "file_path", "filename", "file_name", "file", "image", "image_path", "img_path", "img"),
-    "label": ("label", "class", "class_name", "category"),
+    "label": ("label", "class", "class_name", "category", "labels", "class_id", "target"),
     "group": ("group", "domain"),
     "caption": ("caption", "captions", "title", "text"),
     "split": ("split",),
@@ -245,13 +284,13 @@ COLUMNS = {  # the names that other programs give to the columns; the first that
 TABLES = (".csv", ".tsv", ".parquet")
 
 
-def find_columns(header: Sequence[str]) -> dict[str, str]:
-    """Column of ours -> the name that it has in a header. ValueError for two that are called the same."""
+def find_columns(header: Sequence[str], path: Path) -> dict[str, str]:
+    """Column of ours -> the name that it has in the header of a file. ValueError for two that are called the same."""
     names = {}
     for name in header:
         plain = str(name).strip().casefold().replace(" ", "_")
         if plain in names and plain in sum(COLUMNS.values(), ()):
-            raise ValueError(f"two columns are called {plain!r}; rename one")
+            raise ValueError(f"{path}: two columns are called {plain!r}; rename one")
         names[plain] = name
     found = {column: next((names[n] for n in known if n in names), None) for column, known in COLUMNS.items()}
     return {column: name for column, name in found.items() if name is not None}
@@ -261,10 +300,7 @@ def open_table(path: Path, needs: str = "path") -> tuple[dict[str, str], list[st
     """A .csv, .tsv or .parquet table: its columns (ours -> theirs), those that are not used, and its rows with the
     number of their line, read as they are asked for. ValueError without a column `needs`, and for a damaged row."""
     header, rows = parquet_rows(path) if kind_of(path) == ".parquet" else text_rows(path, needs)
-    try:
-        columns = find_columns(header)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    columns = find_columns(header, path)
     if needs not in columns:
         first = ", ".join(map(str, header))[:200]
         remedy = f"name it {needs!r}"
@@ -292,7 +328,7 @@ def text_rows(path: Path, needs: str) -> tuple[list[str], Iterator[tuple[int, li
     first = next((line for line in lines if line.strip()), "").rstrip("\n")
     betweens = ("\t",) if kind_of(path) == ".tsv" else (",", ";", "\t", "|")
     headers = [next(csv.reader([first], delimiter=between, skipinitialspace=True), []) for between in betweens]
-    fitting = [i for i, header in enumerate(headers) if needs in find_columns(header)]
+    fitting = [i for i, header in enumerate(headers) if needs in find_columns(header, path)]
     chosen = fitting[0] if fitting else max(range(len(headers)), key=lambda i: len(headers[i]))
     # A text of a .tsv may begin with a quotation mark, which then is one; in a .csv it must close what it opens.
     rows = tab_rows(lines) if betweens[chosen] == "\t" else comma_rows(path, lines, betweens[chosen])
@@ -364,7 +400,8 @@ def read_own_table(table: Path, split: str) -> tuple[list[dict], list[str], list
             found[row["split"]] = found.get(row["split"], 0) + 1
             if (split_of(row["split"]) or row["split"]) != (split_of(split) or split):
                 continue
-        key = os.path.normpath(row["path"])
+        slashes = row["path"] if "/" in row["path"] else row["path"].replace("\\", "/")  # as Windows writes them
+        key = os.path.normpath(slashes)
         known = images.setdefault(key, row | {"captions": []})
         first_line.setdefault(key, number)
         known["captions"] += [text for text in row["captions"] if text not in known["captions"]]
@@ -383,7 +420,7 @@ def read_own_table(table: Path, split: str) -> tuple[list[dict], list[str], list
     disk = as_stored()
     rows, left_out = [], []
     for key, row in images.items():
-        path = disk(table.parent / key) or (disk(table.parent / key.replace("\\", "/")) if os.sep == "/" else None)
+        path = disk(table.parent / key) or disk(table.parent / row["path"])
         if path is None:
             left_out.append(f"{table.parent / key} (it is not there)")
         else:
@@ -393,6 +430,8 @@ def read_own_table(table: Path, split: str) -> tuple[list[dict], list[str], list
             f"{table}: none of its {len(images)} images is there; paths count from its folder: {left_out[0]}"
         )
     notes = [f"split {split}" if "split" in columns else "no splits"]
+    beside = [f"{name or 'nothing'} {count:,}" for name, count in found.items() if split_of(name) != split_of(split)]
+    notes += [f"beside it {', '.join(beside)}"] if beside else []
     notes += [f"columns: {', '.join(taken)}"] if taken else []
     notes += [f"columns not used: {', '.join(unused)}"] if unused else []
     return rows, left_out, notes
@@ -448,8 +487,9 @@ def read_shards(shards: Sequence[Path]) -> tuple[list[dict], list[str], list[str
             if image is not None:
                 rows.append({"path": image, **sample_facts(parts)})
             for path in parts.values():
-                if image is None and kind_of(path) in PICTURES:
-                    what = "is not read by this Pillow" if kind_of(path) not in known else NAMED
+                if path != image and kind_of(path) in PICTURES:
+                    what = NAMED if image is None else f"a sample has one picture, here {image.name}"
+                    what = "this Pillow cannot read it" if kind_of(path) not in known else what
                     left_out.append(f"{path.relative_to(target)} of {shard.name} ({what})")
     if not rows:
         raise ValueError(f"no images in {shards[0]}" + (f" and {len(shards) - 1} more" if len(shards) > 1 else ""))

@@ -124,6 +124,26 @@ def test_an_error_of_an_image_is_no_reason_to_change_the_workers():
             list(gu.datasets.from_workers(AlwaysShort(), [[1]], 0, list))
 
 
+class Stops(torch.utils.data.Dataset):
+    def __getitem__(self, row):
+        return next(iter([row] if row != 7 else []))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_no_batch_is_lost_when_an_item_or_the_batches_stop_early(workers):
+    with pytest.raises((ValueError, RuntimeError), match="StopIteration"):
+        list(gu.datasets.from_workers(Stops(), [[i, i + 1] for i in range(0, 20, 2)], workers, list))
+
+    def batches():
+        yield [1]
+        raise OSError(5, "the list cannot be read")
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*could not go on")
+        with pytest.raises(OSError, match="the list cannot be read"):
+            list(gu.datasets.from_workers(Numbers(), batches(), workers, list))
+
+
 class AlwaysShort(torch.utils.data.Dataset):
     def __getitem__(self, row):
         raise OSError(24, "Too many open files")

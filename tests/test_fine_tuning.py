@@ -320,7 +320,7 @@ def test_a_folder_with_all_three_splits_brings_its_own(tmp_path, capsys):
             {"train": {"a": [1, 2], "b": [1, 2]}, "test": {"a": [3], "x": [3]}},
             "1 of the 2 classes of test are trained on",
         ),
-        ({"train": {"a": [1, 2], "b": [1, 2]}, "test": {"a": [2, 3]}}, "1 of 2 images of test are also trained on"),
+        ({"train": {"a": [1, 2], "b": [1, 2]}, "test": {"a": [2, 3]}}, "1 of 2 images of test are also in train"),
         ({"train": {"a": [1], "b": [1]}, "test": {"a": [2]}}, "one image for nearly every class"),
         ({"train": {"a": [1, 2], "b": [1, 2]}, "test": {"x": [1], "y": [2]}}, "two classes with two images each"),
     ],

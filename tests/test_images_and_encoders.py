@@ -183,7 +183,8 @@ def test_safetensors_checkpoints_load_into_open_clip_and_mini(tiny_clip, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("weights", "average"), [("state_dict", "state_dict_ema"), ("model", "model_ema"), ("model", "ema")]
+    ("weights", "average"),
+    [("state_dict", "state_dict_ema"), ("model", "model_ema"), ("model", "ema"), ("model", "swa_model")],
 )
 def test_the_average_beside_the_weights_is_taken_and_said(tiny_clip, tmp_path, weights, average):
     plain = tiny_clip.state_dict()
@@ -200,6 +201,17 @@ def test_the_average_beside_the_weights_is_taken_and_said(tiny_clip, tmp_path, w
         assert torch.equal(gu.load_checkpoint(tmp_path / "none.pt")["visual.proj"], plain["visual.proj"])
 
 
+def test_an_average_is_seen_when_it_lies_deeper_and_named_when_it_has_no_names(tiny_clip, tmp_path):
+    plain = tiny_clip.state_dict()
+    better = {key: value * 2 if value.is_floating_point() else value for key, value in plain.items()}
+    torch.save({"model": plain, "ema": {"module": better, "updates": 3}}, tmp_path / "deep.pt")
+    with pytest.warns(UserWarning, match="the average is taken"):
+        assert torch.equal(gu.load_checkpoint(tmp_path / "deep.pt")["visual.proj"], 2 * plain["visual.proj"])
+    torch.save({"model": plain, "ema": {"decay": 0.9, "shadow_params": list(plain.values())}}, tmp_path / "list.pt")
+    with pytest.warns(UserWarning, match="an average \\('ema'\\) whose tensors have no names; the weights themselves"):
+        assert torch.equal(gu.load_checkpoint(tmp_path / "list.pt")["visual.proj"], plain["visual.proj"])
+
+
 def test_torch_s_own_average_of_weights_loads(tiny_clip, tmp_path):
     averaged = torch.optim.swa_utils.AveragedModel(tiny_clip)
     torch.save(averaged.state_dict(), tmp_path / "swa.pt")
@@ -212,8 +224,18 @@ def test_of_several_models_in_a_checkpoint_none_is_guessed(tiny_clip, tmp_path):
     torch.save({"student": state, "teacher": state, "epoch": 1}, tmp_path / "dino.pt")
     with pytest.raises(ValueError, match="holds several models: student, teacher; save one"):
         gu.load_checkpoint(tmp_path / "dino.pt")
+    for names in (("state_dict", "model"), ("model", "net")):
+        torch.save(dict.fromkeys(names, state), tmp_path / "alike.pt")
+        with pytest.raises(ValueError, match=f"holds several models: {names[0]}, {names[1]}"):
+            gu.load_checkpoint(tmp_path / "alike.pt")
+    torch.save(state | {"epoch": 3}, tmp_path / "flat.pt")
+    with pytest.raises(ValueError, match="holds no state dict .*it holds epoch"):
+        gu.load_checkpoint(tmp_path / "flat.pt")
+    torch.save({"module.a": torch.zeros(1), "_orig_mod.a": torch.zeros(1)}, tmp_path / "two.pt")
+    with pytest.raises(ValueError, match="several tensors for a"):
+        gu.load_checkpoint(tmp_path / "two.pt")
     torch.save({"a.weight": torch.zeros(1), "module.a.weight": torch.ones(1)}, tmp_path / "two.pt")
-    with pytest.raises(ValueError, match="two tensors for a.weight, one as module.a.weight"):
+    with pytest.raises(ValueError, match="several tensors for a.weight \\(a.weight, module.a.weight\\)"):
         gu.load_checkpoint(tmp_path / "two.pt")
 
 

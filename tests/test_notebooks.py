@@ -362,7 +362,7 @@ def two_checkpoints(folder, kind):
 
 
 REFUSED = [  # what a notebook is asked for, and the sentence that says what to do instead
-    ("03", {"test_images": "SHAPES"}, "60 of 60 images of shapes are also trained on"),
+    ("03", {"test_images": "SHAPES"}, "60 of 60 images of shapes are also in shapes"),
     ("03", {"train_images": "ONE CLASS"}, "has 1 classes"),
     ("03", {"train_images": "THREE CLASSES"}, "has 3 classes; at least 4 are needed"),
     ("04", {"bank": "no/such.txt"}, "no captions at"),
@@ -386,7 +386,7 @@ REFUSED = [  # what a notebook is asked for, and the sentence that says what to 
         {"checkpoints": "OURS", "start": "encoder", "encoder": "open_clip:ViT-S-32-alt"},
         "no weights to start from",
     ),
-    ("05", {"checkpoints": "OURS", "test_images": "SHAPES"}, "60 of 60 images of shapes are also trained on"),
+    ("05", {"checkpoints": "OURS", "test_images": "SHAPES"}, "60 of 60 images of shapes are also in shapes"),
     ("05", {"checkpoints": "OTHERS"}, "do not fit its architecture.*Name their architecture in the parameter encoder"),
     ("05", {"checkpoints": "MIXED"}, r"0.safetensors do not fit its architecture"),
     ("05", {"checkpoints": "OURS", "train_images": "FLAT"}, "labels"),

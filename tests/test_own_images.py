@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import tarfile
 import unicodedata
 
 import numpy as np
@@ -148,7 +149,7 @@ def test_what_no_cell_can_mean_is_refused(top, lines, message):
 
 def test_the_line_of_a_load_says_which_columns_were_taken_as_what(top, capsys):
     gu.load_images(table(top, "filepath,title,width,split\na.png,a cat,9,test\nb.png,a dog,9,val\n"))
-    said = "set: 1 image, 1 caption, split test; columns: filepath as path, title as caption; columns not used: width\n"
+    said = "set: 1 image, 1 caption, split test; beside it val 1; columns: filepath as path, title as caption; columns not used: width\n"
     assert capsys.readouterr().out == said
 
 
@@ -177,6 +178,24 @@ def test_captions_json_may_name_files(folder, top):
     assert gu.load_images(top).captions == [["a cat"], [], ["a dog"], []]
 
 
+def test_tars_of_several_splits_are_told_by_their_names(tmp_path, cache, capsys):
+    tmp_path = tmp_path / "shards"
+    tmp_path.mkdir()
+    for split, number in (("train", 2), ("val", 3)):
+        for shard in range(2):
+            with tarfile.open(tmp_path / f"{split}-{shard:04d}.tar", "w") as tar:
+                for i in range(number):
+                    tar.add(picture(tmp_path / "x.png"), f"{shard}_{i}.png")
+    (tmp_path / "x.png").unlink()
+    assert len(gu.load_images(tmp_path, "validation")) == 6 and len(gu.load_images(tmp_path, "train")) == 4
+    with pytest.raises(ValueError, match="has tars of train, validation, but no test"):
+        gu.load_images(tmp_path)
+    picture(tmp_path / "one.png")
+    assert (
+        len(gu.load_images(tmp_path)) == 1 and "4 tar files beside the pictures passed over" in capsys.readouterr().out
+    )
+
+
 def test_keys_of_captions_json_that_match_nothing_are_named(folder, capsys):
     (folder / "captions.json").write_text(json.dumps({"red": "red", "bleu": "blue"}))
     gu.load_images(folder)
@@ -190,6 +209,10 @@ def test_keys_of_captions_json_that_match_nothing_are_named(folder, capsys):
     ("content", "message"),
     [
         (b"[1, 2]", "must hold .*not a list"),
+        (b'{"red": {"text": "a"}}', "'red': a dict without 'captions' .text."),
+        (b'{"red": true}', "'red': a bool"),
+        (b"[" * 100_000, "captions.json is damaged"),
+        (b'{"0.png": "which?"}', "'0.png' names 3 images; write the folder too, as in 'blue/0.png'"),
         (b'{"red": [["a", {"b": 1}]]}', "captions.json, 'red': a dict .* give a list of texts"),
         (b'{"red": "a"', "captions.json is damaged"),
         (b'{"red": "K\xe4se"}', "captions.json, after line 0, is not utf-8"),
@@ -303,6 +326,9 @@ def split_folder(top, *names):
         (("train", "test", "extra"), "test", 2),
         (("query", "gallery"), "gallery", 2),
         (("shifted", "other"), "shifted", 1),
+        (("data/train", "data/test"), "test", 2),
+        (("train_set", "test_set"), "train", 1),
+        (("train2017", "val2017"), "validation", 2),
     ],
 )
 def test_a_split_is_found_under_each_of_its_common_names(tmp_path, names, asked, number, capsys):
@@ -316,6 +342,7 @@ def test_a_split_is_found_under_each_of_its_common_names(tmp_path, names, asked,
     [
         (("train", "val"), "test", "has train, val, but no test: images of several splits are not measured together"),
         (("train",), "test", "has train, but no test"),
+        (("images/train", "images/val"), "test", "has train, val, but no test"),
         (("train", "test"), "validation", "has test, train, but no validation"),
         (("val", "validation", "test"), "validation", "has both val and validation"),
     ],

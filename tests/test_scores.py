@@ -160,6 +160,7 @@ def test_masks_and_row_numbers_say_the_same():
         ([5], "hold 5, which is no row of 5"),
         ([1.0, 2.7], "must be row numbers, or a mask of 5 entries, not float64"),
         ([True, False], r"must be row numbers, or a mask of 5 entries, not bool \(2,\)"),
+        ([0, 1, 0, 0, 1], "5 zeros and ones seem to be a mask; give it as booleans"),
         (["cat"], "must be row numbers"),
         (3, "must be row numbers"),
     ],
@@ -178,8 +179,10 @@ def test_what_is_no_row_is_refused_wherever_rows_are_given():
         with pytest.raises(ValueError, match="the rows that query 0 leaves out"):
             gu.rank_relevant(x[:1], x, [[1]], leave_out=wrong)
     for wrong in (np.array([5] * 5), np.array([-2] * 5), np.arange(5.0)):
-        with pytest.raises(ValueError, match="own .*row"):
+        with pytest.raises(ValueError, match="own needs one row of the gallery"):
             gu.search(x, x, 2, own=wrong)
+    for right in ([-1] * 5, [0] * 5, np.arange(5)):
+        assert gu.search(x, x, 2, own=right)[1].shape == (5, 2)
     images = gu.ImageSet("five", np.zeros((5, 4, 4, 3), np.uint8))
     shown = gu.show_neighbors(["a query"], images, np.array([[0, -1, -1]]), np.array([[0.5, 0, 0]], np.float32))
     assert shown.data == gu.show_neighbors(["a query"], images, np.array([[0]]), np.array([[0.5]], np.float32)).data
