@@ -730,7 +730,9 @@ def load_splits(train_images: str | Path, test_images: str | Path = "", seed: in
             raise ValueError(f"{test.name} needs at least two classes with two images each, to measure on")
         for held in () if drawn else filter(None, (test, searched, validation)):
             if twice := images_in_both(train, held):
-                print(f"{len(twice)} images of {held.name} are trained on too, under another label; they are not, now")
+                print(
+                    f"{len(twice)} of {len(held)} images of {held.name} are in {train.name} too, under other labels; they are taken out of it"
+                )
                 train = train.subset(np.setdiff1d(np.arange(len(train)), [row for row, _ in twice]))
         if validation is None:
             train, validation = split_classes(train, 0.1, seed)

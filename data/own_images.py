@@ -138,16 +138,22 @@ def split_of(name: str) -> str:
     return next((split for split, names in SPLITS.items() if name in names), "")
 
 
+def are_splits(inside: set[str]) -> bool:
+    """Whether folders are splits: all, or at least two, are named like one. A class may be called "test" beside others."""
+    splits = [split_of(name) for name in inside if split_of(name)]
+    return bool(splits) and (len(splits) == len(inside) or len(set(splits)) > 1)
+
+
 def choose_split(folder: Path, inside: set[str], split: str) -> str | None:
     """The subfolder that holds `split`, or None where the subfolders `inside`, which hold images, are no splits.
 
-    They are splits when all, or at least two, are named like one; a class may be called "test" beside others.
+    ValueError where they are others, or two mean the same.
     """
     splits = {name: split_of(name) for name in sorted(inside) if split_of(name)}
     asked = split_of(split) or split
     if asked not in SPLITS and split in inside:
         return split
-    if not splits or (len(splits) < len(inside) and len(set(splits.values())) < 2):
+    if not are_splits(inside):
         return None
     fitting = [name for name, meant in splits.items() if meant == asked]
     if len(fitting) == 1:
@@ -162,12 +168,26 @@ def choose_split(folder: Path, inside: set[str], split: str) -> str | None:
 def has_split(source: Path, split: str) -> bool:
     """Whether a folder or a table of one's own has images of this split, apart from others."""
     if source.is_dir():
-        inside = {name for name in os.listdir(source) if (source / name).is_dir() and not datasets.is_hidden(name)}
-        return split in map(split_of, inside) and choose_split(source, inside, split) is not None
+        _, inside, _ = with_splits(source, datasets.walk(source)[0])
+        return are_splits(inside) and split in map(split_of, inside)
     if kind_of(source) not in TABLES:
         return False
     columns, _, lines = open_table(source)
     return "split" in columns and any(split_of(as_text(line["split"])) == split for _, line in lines)
+
+
+def with_splits(folder: Path, files: list[Path]) -> tuple[Path, set[str], list[Path]]:
+    """Where the splits or classes lie, mostly in `folder` itself; the names of its subfolders with pictures; and those
+    pictures, or tars where there are none."""
+    pictures = [path for path in files if kind_of(path) in PICTURES]
+    pictures = pictures or [path for path in files if kind_of(path) == ".tar"]
+    place, inside = folder, folders_with(pictures, folder)
+    while len(inside) == 1 and not are_splits(inside):  # perhaps a folder around them
+        place = place / min(inside)
+        inside = folders_with(pictures, place)
+    if not are_splits(inside) or any(path.parent == place for path in pictures):
+        place = folder
+    return place, folders_with(pictures, place), pictures
 
 
 def folders_with(paths: list[Path], folder: Path) -> set[str]:
@@ -192,17 +212,9 @@ def read_folder(folder: Path, split: str) -> tuple[list[dict], list[str], list[s
     """The images below `folder`, with label and group from the names of its folders."""
     files, passed = datasets.walk(folder)
     known = readable()
-    pictures = [path for path in files if kind_of(path) in PICTURES]
-    tars = [path for path in files if kind_of(path) == ".tar"]
-    unread = f"{len(tars)} tar files beside the pictures passed over" if pictures and tars else ""
-    pictures = pictures or tars
-    inside = folders_with(pictures, folder)
-    while len(inside) == 1 and all(path.parent != folder for path in pictures):
-        inner = folder / min(inside)
-        below = folders_with(pictures, inner)
-        if split_of(inner.name) or not below or choose_split(inner, below, split) is None:
-            break
-        folder, inside = inner, below  # a folder around the splits
+    folder, inside, pictures = with_splits(folder, files)
+    tars = [path for path in files if kind_of(path) == ".tar" and path not in pictures]
+    unread = f"{len(tars)} tar files beside the pictures passed over" if tars else ""
     part = choose_split(folder, inside, split)
     top = folder / part if part else folder
     notes = [f"split {part}" if part else "no splits"]
@@ -210,6 +222,8 @@ def read_folder(folder: Path, split: str) -> tuple[list[dict], list[str], list[s
         notes.append(f"folders beside the splits passed over: {', '.join(others)}")
     if part and (beside := sorted(name for name in inside if name != part and split_of(name))):
         notes.append(f"beside it {', '.join(beside)}")
+    if part and (loose := sum(path.parent == folder for path in pictures)):
+        notes.append(f"{loose} pictures beside the splits passed over")
     notes += [unread] if unread else []
     notes += [f"passed over: {', '.join(passed)}"] if passed else []
     pictures = [path for path in pictures if path.is_relative_to(top)]

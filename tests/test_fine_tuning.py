@@ -301,16 +301,39 @@ def test_other_pictures_of_the_same_classes_are_a_closed_question_in_which_they_
         splits.open_sets()
 
 
-def test_a_folder_with_all_three_splits_brings_its_own(tmp_path, capsys):
-    top = shop(tmp_path, train={c: range(3) for c in "abcd"}, val={c: [4] for c in "ab"}, test={c: [5] for c in "abcd"})
-    splits = gu.load_splits(top)
+@pytest.mark.parametrize("around", ["", "archive/data"])
+def test_a_folder_with_all_three_splits_brings_its_own(tmp_path, capsys, around):
+    outer, tmp_path = tmp_path, tmp_path / around
+    shop(tmp_path, train={c: range(3) for c in "abcd"}, val={c: [4] for c in "ab"}, test={c: [5] for c in "abcd"})
+    splits = gu.load_splits(outer)
     assert splits.question == "closed" and [len(part[0]) for part in (splits.validation, splits.test)] == [2, 4]
     assert len(splits.train) == 12 and splits.validation[1] is splits.train
     shop(tmp_path, val={"x": [4]})
-    assert len(gu.load_splits(top).train) == 10, "a validation that mixes both questions is not used"
-    assert (
-        f"{tmp_path.name} validation does not ask the same (closed) as {tmp_path.name} test" in capsys.readouterr().out
-    )
+    assert len(gu.load_splits(outer).train) == 10, "a validation that mixes both questions is not used"
+    assert f"{outer.name} validation does not ask the same (closed) as {outer.name} test" in capsys.readouterr().out
+
+
+def test_queries_and_a_gallery_of_one_s_own_are_the_test(tmp_path, capsys):
+    parts = {"query": {"x": [1], "z": [1]}, "gallery": {c: (2, 3) for c in "xyz"}}
+    splits = gu.load_splits(shop(tmp_path, train={c: range(3) for c in "abcdefgh"}, **parts))
+    queries, gallery = splits.test
+    assert splits.question == "open" and (len(queries), len(gallery)) == (2, 6) and queries.labels.tolist() == [0, 2]
+    assert "2 classes that are not trained on; they search 6 images of their own" in capsys.readouterr().out
+    shop(tmp_path, query={"y": [2]})
+    with pytest.raises(ValueError, match="1 of 3 images of .* query are also in .* gallery"):
+        gu.load_splits(tmp_path)
+
+
+def test_test_pictures_under_another_label_are_not_trained_on_and_test_classes_do_not_choose(tmp_path, capsys):
+    parts = {"val": {c: [5, 6] for c in "wx"}, "test": {c: range(3) for c in "xyz"}}
+    top = shop(tmp_path, train={c: range(3) for c in "abcdefgh"}, **parts)
+    (top / "train" / "a" / "copy.png").write_bytes((top / "test" / "y" / "1.png").read_bytes())
+    splits = gu.load_splits(top)
+    said = capsys.readouterr().out
+    assert "1 of 9 images of" in said and "under other labels; they are taken out of it" in said
+    assert "must not choose, and is left aside" in said
+    assert len(splits.train) + len(splits.validation[0]) == 24
+    assert not [path for path in splits.train.images if path.stem == "copy"]
 
 
 @pytest.mark.parametrize(

@@ -236,7 +236,10 @@ def test_every_misuse_is_refused_with_a_remedy():
         (lambda: gu.hub_bias(broken, references, 3), "the gallery: row 7 holds NaN"),
         (lambda: gu.hub_bias(gallery, references[:, :3], 3), "references have 3 dimensions, the gallery 4"),
         (lambda: gu.hub_bias(gallery, references, 3, metric="l2"), "need the metric cosine or inner"),
-        (lambda: gu.search(queries, gallery, 5, own=np.arange(4)), "own needs one row number, or -1, for each of 3"),
+        (
+            lambda: gu.search(queries, gallery, 5, own=np.arange(4)),
+            "own needs one row of the gallery, or -1, for each of 3",
+        ),
         (lambda: gu.search(queries, references, 3, index=distances), "not built for the metric cosine"),
         (lambda: gu.search(queries, gallery, 5, bias=bias[:19]), "one finite number for each of 20 gallery rows"),
         (lambda: gu.search(queries, gallery, 5, bias=bias[:, None]), "one finite number for each of 20 gallery rows"),

@@ -335,6 +335,9 @@ def test_a_split_is_found_under_each_of_its_common_names(tmp_path, names, asked,
     assert len(gu.load_images(split_folder(tmp_path / "set", *names), asked)) == number
     said = capsys.readouterr().out
     assert f"set: {number} image" in said and ("passed over: extra" in said) == ("extra" in names)
+    picture(tmp_path / "set" / "loose.png")
+    gu.load_images(tmp_path / "set", asked)
+    assert "1 pictures beside the splits passed over" in capsys.readouterr().out or "/" in names[0]
 
 
 @pytest.mark.parametrize(
