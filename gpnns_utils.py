@@ -875,6 +875,7 @@ STYLE = {
     "figure.dpi": 90, "figure.constrained_layout.use": True, "font.size": 11, "axes.spines.top": False,
     "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "legend.frameon": False,
     "axes.prop_cycle": f"cycler('color', {PALETTE})", "image.interpolation": "antialiased",
+    "text.parse_math": False,  # "$5 more than $4" in a caption is no formula
 }  # fmt: skip
 
 
@@ -908,9 +909,10 @@ def show_images(
             for spine in axis.spines.values():
                 spine.set(visible=color is not None, color=color or "white", linewidth=3.5)
             if titles and titles[i][j]:
-                axis.set_title(titles[i][j], fontsize=9.5, pad=3)
+                axis.set_title(titles[i][j], fontsize=9.5, pad=3, parse_math=False)
         if i < len(labels):
-            figure.text(0.05 / width, (bottom + 0.5 * size) / height, labels[i], fontsize=11, va="center")
+            height_of_row = (bottom + 0.5 * size) / height
+            figure.text(0.05 / width, height_of_row, labels[i], fontsize=11, va="center", parse_math=False)
     return as_jpeg(figure)
 
 

@@ -1,5 +1,7 @@
 """Scores against definitions, published toy values and other libraries."""
 
+import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -308,3 +310,17 @@ def test_scores_that_cannot_be_computed_say_why():
     broken[2, 1] = np.nan
     with pytest.raises(ValueError, match="row 2 holds NaN"):
         gu.rank_relevant(broken, x, [[0]] * 4)
+
+
+@pytest.mark.parametrize("text", ["$5 & 10% more than $4", "$x^2$", r"a_{b} \\frac $ and $", "costs $"])
+def test_dollar_signs_in_a_text_are_no_formula(text, tmp_path):
+    images = gu.ImageSet("two", np.zeros((2, 4, 4, 3), np.uint8))
+    drawn = gu.show_images([[images[0]]], [[text]], labels=[text])
+    assert drawn.data != gu.show_images([[images[0]]], [[text.replace("$", "")]], labels=[text.replace("$", "")]).data
+    gu.show_neighbors([text], images, np.array([[0, 1]]))
+    with matplotlib.rc_context(gu.STYLE):  # as `setup` leaves it for every figure of a notebook
+        figure, axis = plt.subplots()
+        axis.set(title=text, xlabel=text, xticks=[0], xticklabels=[text])
+        axis.plot([0], label=text)
+        axis.legend()
+        gu.as_jpeg(figure)
