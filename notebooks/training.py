@@ -5,6 +5,7 @@ Reached as `gpnns_utils.training`, which loads it when it is first named: whoeve
 the margin -> data -> what is trained -> the loop -> several processes -> its parts
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -414,7 +415,8 @@ def fit(
     accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
     accelerator.free_memory()
     if validate:
-        gu.encoders.fill(objective, load_file(folder / "best.safetensors"), str(folder))
+        with damage_named(folder / "best.safetensors"):
+            gu.encoders.fill(objective, load_file(folder / "best.safetensors"), str(folder))
     elif average:
         gu.encoders.fill(objective, average.module.state_dict(), str(folder))
     objective.eval()
@@ -545,11 +547,27 @@ def resume(accelerator: accelerate.Accelerator, folder: Path) -> tuple[int, list
     found = sorted(folder.glob("step_*"))
     if not found:
         return 0, []
-    accelerator.load_state(str(found[-1]))
     step = int(found[-1].name.removeprefix("step_"))
+    with damage_named(found[-1]):
+        accelerator.load_state(str(found[-1]))
     written = folder / "log.jsonl"  # not there yet when checkpoints come before the first row
-    lines = written.read_text().splitlines() if written.exists() else []
-    return step, [row for row in map(json.loads, lines) if row["step"] <= step]
+    with damage_named(written):
+        lines = written.read_text().splitlines() if written.exists() else []
+        return step, [row for row in map(json.loads, lines) if row["step"] <= step]
+
+
+@contextlib.contextmanager
+def damage_named(path: Path):
+    """Turn whatever a damaged file leads to into a ValueError that names it and says what to delete."""
+    try:
+        yield
+    except (MemoryError, torch.cuda.OutOfMemoryError, PermissionError):
+        raise  # not the file's fault
+    except Exception as error:
+        raise ValueError(
+            f"{path} is damaged ({type(error).__name__}: {str(error)[:200]}), as after a power cut; delete the folder "
+            f"{path.parent} and run again, to train anew"
+        ) from error
 
 
 def set_training(objective: torch.nn.Module) -> None:

@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import os
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -945,3 +946,19 @@ def test_a_part_that_is_frozen_has_no_gradient_to_clip():
 def test_a_data_set_that_cannot_be_told_from_another_is_refused(tmp_path):
     with pytest.raises(ValueError, match="the data set needs describe"):
         fit_line(tmp_path, torch.utils.data.TensorDataset(torch.ones(64, 2), torch.ones(64)))
+
+
+@pytest.mark.parametrize("kept", ["step_*/model.safetensors", "step_*/optimizer.bin", "log.jsonl", "best.safetensors"])
+@pytest.mark.parametrize("left", [0, 0.5])
+def test_a_file_that_a_power_cut_damaged_is_named_with_what_to_delete(tmp_path, kept, left):
+    settings = {"epochs": 2, "validate": lambda: 1.0}
+    fit_line(tmp_path, **settings)
+    (path,) = tmp_path.glob(f"*/{kept}")
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(left * len(whole))] if left or kept != "log.jsonl" else b"\0" * len(whole))
+    with pytest.raises(
+        ValueError, match=f"{path.name if 'step' not in kept else 'step_'}.* is damaged .*delete the folder"
+    ):
+        fit_line(tmp_path, **settings)
+    shutil.rmtree(path.parent if "step" not in kept else path.parent.parent)
+    assert fit_line(tmp_path, **settings)[0].seen
