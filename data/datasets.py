@@ -1,7 +1,7 @@
 """Images by name: where data sets lie, how they are fetched, how the layout of their authors is read.
 
-`gpnns_utils.load_images(source, split)` calls `load`; own_images.py reads what has no name. What differs from one data set to the next is in datasets.toml; a
-layout that no reader below understands yet is one more function in READERS. Each data set has a folder of its own name
+`gpnns_utils.load_images(source, split)` calls `load`; own_images.py reads what has no name. What differs from one data
+set to the next is in datasets.toml; a layout that no reader below understands yet is one more function in READERS. Each data set has a folder of its own name
 in one of the folders of the environment variable GPNNS_DATA (several: separated as in PATH), or in .cache/datasets.
 
 a set of images -> reading with several processes -> the table -> where data lie -> loading -> splits -> the papers' tables -> layouts -> downloads -> archives
@@ -698,8 +698,9 @@ def load_splits(train_images: str | Path, test_images: str | Path = "", seed: in
     Raises ValueError without labels, for too few classes, for a test that mixes both questions, and when a picture of a
     closed test is trained on.
     """
+    drawn = str(train_images) == "mini"  # whose classes have the same names in every part, and are others
     train, searched = load(train_images, "train"), None
-    if str(train_images) == "mini":
+    if drawn:
         if test_images:
             raise ValueError("test_images belong to train_images of your own; the drawn world brings its test")
         validation, test = load("mini", "validation"), load("mini", "test")
@@ -715,7 +716,6 @@ def load_splits(train_images: str | Path, test_images: str | Path = "", seed: in
             train, test = split_classes(train, 0.2, seed)
     if test.labels is None:
         raise ValueError(f"{test.name} {NO_LABELS}")
-    drawn = str(train_images) == "mini"  # whose classes have the same names in every part, and are others
     question = "open" if drawn else question_of(train, test)
     if not drawn and validation and (validation.labels is None or question_of(train, validation, "") != question):
         print(f"{validation.name} does not ask the same ({question}) as {test.name}, and is left aside")

@@ -405,8 +405,8 @@ def quiet_open_clip():
 def load_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
     """Read a state dict: safetensors, or a pickle of tensors (never anything that could run code).
 
-    Training checkpoints are unwrapped (`unwrapped`: "state_dict", "model", their averages) and the prefixes of DistributedDataParallel (`module.`)
-    and torch.compile (`_orig_mod.`) are taken off. Raises FileNotFoundError, or ValueError when it is no state dict.
+    Training checkpoints are unwrapped (`unwrapped`: "state_dict", "model", their averages) and the prefixes of
+    DistributedDataParallel (`module.`) and torch.compile (`_orig_mod.`) are taken off. Raises FileNotFoundError, or ValueError when it is no state dict.
     """
     path = Path(path).expanduser()
     if not path.is_file():
@@ -422,9 +422,8 @@ def load_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
             f"{path} is not a readable checkpoint of plain tensors ({reason}). If you trust it, convert it to safetensors first"
         ) from error
     state = unwrapped(state, path)
-    named = {
-        plain_name(key): value for key, value in state.items() if key != "n_averaged"
-    }  # a count of torch's swa_utils
+    # n_averaged is a count that torch's swa_utils keep beside the weights
+    named = {plain_name(key): value for key, value in state.items() if key != "n_averaged"}
     if len(named) < len(state) - ("n_averaged" in state):
         twice = next(name for name in named if [*map(plain_name, state)].count(name) > 1)
         found = ", ".join(key for key in state if plain_name(key) == twice)

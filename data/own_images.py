@@ -401,7 +401,7 @@ def read_own_table(table: Path, split: str) -> tuple[list[dict], list[str], list
     """The images of a table: lines that name the same path are one image, which has the captions of all of them."""
     columns, unused, lines = open_table(table)
     taken = [f"{theirs} as {ours}" for ours, theirs in columns.items() if theirs != ours]
-    images, first_line, found, number = {}, {}, {}, 1
+    images, first_line, found = {}, {}, {}
     for number, line in lines:
         try:
             row = {column: as_text(line.get(column)) for column in ("path", "label", "group", "split")}

@@ -171,7 +171,8 @@ class TrainingImages(Dataset):
         return len(self.images)
 
     def describe(self) -> bytes:
-        """All that decides what is learned: the images' content, whatever their files are called; labels; how views are made."""
+        """All that decides what is learned: the images' content, whatever their files are called, labels, and how views
+        are made."""
         return b"".join(self.images.digests()) + self.labels.tobytes() + gu.encoders.described(self.transform).encode()
 
     def __getitem__(self, row: int) -> tuple[torch.Tensor, int]:
@@ -296,13 +297,11 @@ def image_to_image(encoder: gu.Encoder, images: gu.ImageSet, gallery: gu.ImageSe
     if encoder.model is not None:
         encoder.model.eval()
     embeddings = gu.embed_images(encoder, images, cache=False)
-    if gallery is None or gallery is images:
-        own = np.arange(len(images))[:, None]
-        relevant = gu.same_label(images.labels, images.labels)
-        return gu.mean_average_precision(gu.rank_relevant(embeddings, embeddings, relevant, leave_out=own))
-    searched = gu.embed_images(encoder, gallery, cache=False)
+    gallery = images if gallery is None else gallery
+    searched = embeddings if gallery is images else gu.embed_images(encoder, gallery, cache=False)
+    own = np.arange(len(images))[:, None] if gallery is images else None
     relevant = gu.same_label(images.labels, gallery.labels)
-    return gu.mean_average_precision(gu.rank_relevant(embeddings, searched, relevant))
+    return gu.mean_average_precision(gu.rank_relevant(embeddings, searched, relevant, leave_out=own))
 
 
 # --- the loop --------------------------------------------------------------------------------------------------------
