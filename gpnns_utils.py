@@ -51,7 +51,8 @@ __path__ = [str(DATA), str(HERE / ("notebooks" if CHECKOUT else "gpnns_notebooks
 ELSEWHERE = {
     "datasets": ("ImageSet", "text_queries", "load_splits", "split_classes", "load_published"),
     "own_images": (),
-    "encoders": ("Encoder", "add_head", "load_checkpoint", "save_checkpoint"),
+    "encoders": ("Encoder", "add_head", "save_checkpoint"),
+    "checkpoints": ("load_checkpoint",),
     "parameters": ("profile_parameters",),
     "training": (),
 }

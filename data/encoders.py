@@ -1,9 +1,9 @@
-"""Encoders by name: how each kind is built, how checkpoints of any form are read and written, and heads.
+"""Encoders by name: how each kind is built, how weights are filled in, how an encoder is saved, and heads.
 
 `gpnns_utils.load_encoder(spec)` calls `load`. A kind of encoder that no builder below knows yet is one more function in
 BUILDERS, which imports the library that it needs.
 
-an encoder -> loading -> builders -> checkpoints -> heads
+an encoder -> loading -> builders -> weights -> heads
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ import json
 import logging
 import re
 import warnings
-import zipfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import parse_qsl
 
@@ -25,9 +24,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import load_file
-from safetensors.torch import save as safetensors_bytes
 
 import gpnns_utils as gu
 
@@ -158,23 +154,57 @@ def load(spec: str, device: torch.device) -> Encoder:
     Raises ValueError for an unknown name or weights that do not fit, FileNotFoundError for a missing file, OSError
     when weights cannot be downloaded.
     """
-    name, _, checkpoint = spec.partition("@")
+    name, _, checkpoint = spec.strip().partition("@")
     kind, _, rest = name.partition(":")
     if kind not in BUILDERS or bool(rest) == (kind in ALONE):
         raise ValueError(
             f"unknown encoder {spec!r}; use {', '.join(ALONE)}, open_clip:ARCHITECTURE/TAG, timm:NAME or gpnns:ViT-B@FILE"
+            f"{with_its_kind(name)}"
         )
-    state = load_checkpoint(checkpoint) if checkpoint else None
-    head = state.pop("embedding_head.linear.weight", None) if state else None
+    if openai := re.fullmatch(r"open_clip:(ViT-[BL]|RN50x\d+|RN\d+)/?(\d\d)?(@336px)?", spec):
+        known = "-".join(filter(None, [*openai.groups()[:2], openai[3] and "336"]))
+        raise ValueError(f"{spec!r} is OpenAI's own name for a model that is here open_clip:{known}/openai")
+    state, settings = None, {}
+    if checkpoint:
+        state, settings = gu.checkpoints.read_state(checkpoint), gu.checkpoints.checkpoint_settings(checkpoint)
+        settings |= {"squash": True} if gu.checkpoints.from_guie(state) else {}
+        state = gu.checkpoints.plain_names(state, checkpoint)
+    head = state.pop(gu.checkpoints.HEAD, None) if state else None
     encoder = BUILDERS[kind](spec, rest or kind, state, device)
     encoder.origin["encoder"] = name
-    before = checkpoint_settings(checkpoint).get("before_projection", False)
-    if head is not None or before:
-        encoder = add_head(encoder, None if head is None else len(head), before)
+    if settings.get("squash"):
+        encoder = squashed(encoder)
+    if head is not None or settings.get("before_projection"):
+        encoder = add_head(encoder, None if head is None else len(head), settings.get("before_projection", False))
     if head is not None:
         fill(encoder.model.embedding_head, {"linear.weight": head}, spec)
     encoder.name = name.partition("?")[0] + (f"@{Path(checkpoint).stem}" if checkpoint else "")
     return encoder
+
+
+def with_its_kind(name: str) -> str:
+    """The end of a message about a name that lacks its library: what was probably meant."""
+    import open_clip
+    import timm
+
+    if name.partition("/")[0] in open_clip.list_models():
+        return f"; did you mean open_clip:{name}?"
+    if name.split(".")[0] in timm.list_models():
+        return f"; did you mean timm:{name}?"
+    return f"; a model of the Hugging Face hub that open_clip loads is open_clip:hf-hub:{name}" if "/" in name else ""
+
+
+def squashed(encoder: Encoder) -> Encoder:
+    """The same encoder with pictures prepared as G-Universal-CLIP was trained: squeezed to a square, not cropped."""
+    from torchvision import transforms
+
+    preprocess = transforms.Compose([
+        transforms.PILToTensor(),
+        transforms.Resize((encoder.image_size,) * 2, antialias=False),  # as torchvision resized tensors in its time
+        transforms.ConvertImageDtype(torch.float32),
+        *[step for step in encoder.preprocess.transforms if isinstance(step, transforms.Normalize)],
+    ])  # fmt: skip
+    return replace(encoder, preprocess=preprocess, origin=encoder.origin | {"squash": True})
 
 
 def offline_message(spec: str, error: Exception) -> str:
@@ -215,9 +245,9 @@ def build_open_clip(spec: str, name: str, state: dict | None, device: torch.devi
     architecture, _, tag = (name, "", "") if name.startswith(("hf-hub:", "local-dir:")) else name.partition("/")
     if ":" not in architecture:
         if architecture not in open_clip.list_models():
-            raise ValueError(
-                f"open_clip has no architecture {architecture!r}{gu.datasets.suggest(architecture, open_clip.list_models())}"
-            )
+            similar = gu.datasets.suggest(architecture, open_clip.list_models())
+            hub = f"; a model of the Hugging Face hub is open_clip:hf-hub:{name}" if tag and not similar else ""
+            raise ValueError(f"open_clip has no architecture {architecture!r}{similar}{hub}")
         tags = open_clip.list_pretrained_tags_by_model(architecture)
         if tag not in [*tags, "random"] and (tag or state is None):
             wrong = (
@@ -273,11 +303,13 @@ def build_timm(spec: str, name: str, state: dict | None, device: torch.device) -
     import timm
 
     name, _, query = name.partition("?")
+    name = re.sub(r"^(hf[-_]hub:)?timm/", "", name)  # the name of timm's own models on the Hugging Face hub
     settings = {key: gu.datasets.number_or_text(value) for key, value in parse_qsl(query, strict_parsing=bool(query))}
     known = timm.list_models(), timm.list_pretrained()
-    if name.split(".")[0] not in known[0] or ("." in name and name not in known[1]):
+    elsewhere = name.startswith(("hf-hub:", "hf_hub:"))  # a model of someone else's there, which no list holds
+    if not elsewhere and (name.split(".")[0] not in known[0] or ("." in name and name not in known[1])):
         raise ValueError(f"timm has no model {name!r}{gu.datasets.suggest(name, [*known[0], *known[1]])}")
-    if state is None and not any(one.split(".")[0] == name.split(".")[0] for one in known[1]):
+    if state is None and not elsewhere and not any(one.split(".")[0] == name.split(".")[0] for one in known[1]):
         similar = gu.datasets.suggest(name, known[1])
         raise ValueError(f"timm has no weights for {name!r}; a file of your own goes behind an @{similar}")
     overlay = {key: settings.pop(key) for key in ("mean", "std", "crop_pct", "interpolation") if key in settings}
@@ -299,7 +331,7 @@ def build_timm(spec: str, name: str, state: dict | None, device: torch.device) -
 def build_efficientnet_lite0(spec: str, name: str, state: dict | None, device: torch.device) -> Encoder:
     """EfficientNet-Lite0 with the ImageNet weights that a package of the registry holds: a real network, offline."""
     if state is None:
-        state = timm_names(load_checkpoint(efficientnet_lite0_file()))
+        state = timm_names(gu.load_checkpoint(efficientnet_lite0_file()))
     return build_timm(spec, "tf_efficientnet_lite0", state, device)
 
 
@@ -399,94 +431,7 @@ def quiet_open_clip():
         logging.disable(level)
 
 
-# --- checkpoints -----------------------------------------------------------------------------------------------------
-
-
-def load_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
-    """Read a state dict: safetensors, or a pickle of tensors (never anything that could run code).
-
-    Training checkpoints are unwrapped (`unwrapped`: "state_dict", "model", their averages) and the prefixes of
-    DistributedDataParallel (`module.`) and torch.compile (`_orig_mod.`) are taken off. Raises FileNotFoundError, or ValueError when it is no state dict.
-    """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path.absolute()}")
-    try:  # not by timm: its older versions fall back to pickles that can run code, and none maps large files
-        if path.suffix == ".safetensors":
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(
-            f"{path} is not a readable checkpoint of plain tensors ({reason}). If you trust it, convert it to safetensors first"
-        ) from error
-    state = unwrapped(state, path)
-    # n_averaged is a count that torch's swa_utils keep beside the weights
-    named = {plain_name(key): value for key, value in state.items() if key != "n_averaged"}
-    if len(named) < len(state) - ("n_averaged" in state):
-        twice = next(name for name in named if [*map(plain_name, state)].count(name) > 1)
-        found = ", ".join(key for key in state if plain_name(key) == twice)
-        raise ValueError(f"{path} holds several tensors for {twice} ({found}); save one of the models alone")
-    return named
-
-
-WEIGHTS = ("state_dict", "model", "model_state_dict", "module", "net", "weights")  # where trainings keep them
-AVERAGE = re.compile(r"(^|_)(ema|swa|avg|average|averaged)(_|$)")  # and how an average of them over steps is called
-
-
-def unwrapped(content, path: Path) -> dict[str, torch.Tensor]:
-    """The state dict in a training checkpoint; where it holds an average too, that, as timm takes it, and a warning.
-
-    ValueError when there is none, or several of which none is called as the weights mostly are.
-    """
-    if is_state(content):
-        return content
-    parts = [key for key, value in content.items() if isinstance(value, dict)] if isinstance(content, dict) else []
-    states = [key for key in parts if is_state(content[key])]
-    averages = [key for key in parts if AVERAGE.search(str(key))]
-    average = next((key for key in averages if holds_state(content[key])), None)
-    weights = next((key for key in WEIGHTS if key in parts), None)
-    if averages and not average:
-        unnamed = (
-            f"{path} holds an average ({averages[0]!r}) whose tensors have no names; the weights themselves are taken"
-        )
-        warnings.warn(unnamed, stacklevel=4)
-    others = [key for key in states if key not in (weights, *averages)]
-    if weights in states and not average and any(content[weights].keys() == content[key].keys() for key in others):
-        weights = None  # two models alike
-    if average and weights:
-        warnings.warn(
-            f"{path} holds weights ({weights!r}) and their average ({average!r}): the average is taken. For the others, save "
-            f"torch.load(path)[{weights!r}] alone",
-            stacklevel=4,
-        )
-    if average or weights:
-        return unwrapped(content[average or weights], path)
-    if len(states) == 1:
-        return content[states[0]]
-    if states:
-        raise ValueError(
-            f"{path} holds several models: {', '.join(map(str, states))}; save one, torch.load(path)[...], alone"
-        )
-    plain = [str(k) for k, v in content.items() if not isinstance(v, torch.Tensor)] if isinstance(content, dict) else []
-    found = f"; it holds {', '.join(plain[:5])}" if plain else ""
-    raise ValueError(f"{path} holds no state dict (a dict of tensors, perhaps under 'state_dict'){found}")
-
-
-def is_state(content) -> bool:
-    """Whether this is a dict of tensors by name."""
-    named = isinstance(content, dict) and bool(content) and all(isinstance(key, str) for key in content)
-    return named and all(isinstance(value, torch.Tensor) for value in content.values())
-
-
-def holds_state(content) -> bool:
-    return is_state(content) or (isinstance(content, dict) and any(map(holds_state, content.values())))
-
-
-def plain_name(key: str) -> str:
-    """A tensor's name without the prefixes of DistributedDataParallel and torch.compile."""
-    return re.sub(r"^(module\.|_orig_mod\.)+", "", key)
+# --- weights ---------------------------------------------------------------------------------------------------------
 
 
 def save_checkpoint(encoder: Encoder, path: str | Path, /, **about) -> Path:
@@ -501,7 +446,7 @@ def save_checkpoint(encoder: Encoder, path: str | Path, /, **about) -> Path:
     path = Path(path).expanduser()
     path = path if path.suffix == ".safetensors" else path.with_name(path.name + ".safetensors")
     about = about | {**encoder.origin, "dim": encoder.dim, "image_size": encoder.image_size}
-    save_weights(encoder.model, path, {"gpnns": json.dumps(about)})
+    gu.checkpoints.save_weights(encoder.model, path, {"gpnns": json.dumps(about)})
     about["load"] = f"load_encoder('{encoder.origin.get('encoder', encoder.name)}@{path.name}')"
     gu.write_atomically(
         path.with_suffix(".json"), lambda file: file.write((json.dumps(about, indent=1) + "\n").encode())
@@ -509,23 +454,11 @@ def save_checkpoint(encoder: Encoder, path: str | Path, /, **about) -> Path:
     return path
 
 
-def checkpoint_settings(path: str | Path) -> dict:
-    """What `save_checkpoint` noted in the file itself; {} for no file and for any other file."""
-    if Path(path).suffix != ".safetensors":
-        return {}
-    with safe_open(Path(path).expanduser(), "pt") as file:
-        return json.loads((file.metadata() or {}).get("gpnns", "{}"))
-
-
-def save_weights(module: torch.nn.Module, path: Path, metadata: dict[str, str] | None = None) -> None:
-    """A module's state dict as safetensors, atomically."""
-    state = {key: value.detach().cpu().clone().contiguous() for key, value in module.state_dict().items()}
-    gu.write_atomically(path, lambda file: file.write(safetensors_bytes(state, metadata)))
-
-
 def fill(model: torch.nn.Module, state: dict[str, torch.Tensor], spec: str) -> None:
     """Load weights strictly; a mismatch is a ValueError that names the first tensors concerned."""
     own = model.state_dict()
+    if hasattr(model, "logit_scale"):
+        state = open_clip_names(model, state, spec)
     problems = [f"{key} is missing" for key in own if key not in state]
     problems += [f"{key} is not part of the model" for key in state if key not in own]
     shapes = {key: (tuple(state[key].shape), tuple(own[key].shape)) for key in own if key in state}
@@ -534,6 +467,41 @@ def fill(model: torch.nn.Module, state: dict[str, torch.Tensor], spec: str) -> N
         shown = "; ".join(problems[:3]) + (f" and {len(problems) - 3} more" if len(problems) > 3 else "")
         raise ValueError(f"the weights of {spec} do not fit its architecture: {shown}")
     model.load_state_dict(state)
+
+
+def open_clip_names(model: torch.nn.Module, state: dict[str, torch.Tensor], spec: str) -> dict[str, torch.Tensor]:
+    """What open_clip's own loader (`open_clip.load_checkpoint`) makes of older and foreign weights before it fills them in.
+
+    A positional embedding of another size is resized with a warning, because the model was not trained with it.
+    """
+    from open_clip import model as models
+    from open_clip.convert import convert_state_dict
+
+    own, state = model.state_dict(), convert_state_dict(model, dict(state))
+    if "positional_embedding" in state and "positional_embedding" not in own:  # CLIP's names; this model has a `text`
+        state = models.convert_to_custom_text_state_dict(state)
+    for key in ("logit_scale", "logit_bias"):
+        if key in own and key in state and state[key].numel() == own[key].numel():
+            state[key] = state[key].reshape(own[key].shape)
+    if "logit_bias" in own and "logit_scale" in state:  # CLIP's weights in a SigLIP
+        state.setdefault("logit_bias", torch.zeros_like(own["logit_bias"]))
+    position_ids = "text.transformer.embeddings.position_ids"  # older versions of transformers stored them
+    if position_ids not in own:
+        state.pop(position_ids, None)
+    resizers = {"visual.positional_embedding": models.resize_pos_embed}
+    resizers |= dict.fromkeys(("positional_embedding", "text.positional_embedding"), models.resize_text_pos_embed)
+    for key, resize in resizers.items():
+        if key not in own or key not in state or own[key].shape == state[key].shape:
+            continue
+        before = tuple(state[key].shape)
+        if before[1:] == tuple(own[key].shape[1:]):  # as many numbers for each position; else no size would help
+            resize(state, model)
+            warnings.warn(
+                f"{spec}: {key} was trained for {before[0]} positions and is resized to {len(own[key])}, as open_clip does; "
+                "results are lower than at its own size until it is fine-tuned",
+                stacklevel=2,
+            )
+    return state
 
 
 # --- heads -----------------------------------------------------------------------------------------------------------

@@ -613,7 +613,7 @@ def validated(accelerator, objective, average: ModelEmaV3 | None, validate: Call
             raise ValueError("validation gave no score; measure on at least two classes with two images each")
         best = max((row["validation"] for row in log if "validation" in row), default=-np.inf)
         if value > best and accelerator.is_main_process:
-            gu.encoders.save_weights(objective, folder / "best.safetensors")
+            gu.checkpoints.save_weights(objective, folder / "best.safetensors")
     finally:
         if average:
             objective.load_state_dict(own)

@@ -351,7 +351,7 @@ def two_checkpoints(folder, kind):
         elif kind == "batch norm":
             model = timm.create_model("test_efficientnet", num_classes=0)
             files.append(str(folder / f"{seed}.safetensors"))
-            gu.encoders.save_weights(model, folder / f"{seed}.safetensors")
+            gu.checkpoints.save_weights(model, folder / f"{seed}.safetensors")
         else:
             encoder = gu.load_encoder(
                 "mini@" + str(gu.DATA / "mini_tuned" / f"{('arcmargin', '2sft')[seed]}.safetensors")
