@@ -1,15 +1,17 @@
 """Files of weights: what open_clip's own loader takes, load_encoder takes too; anything else is named for what it is."""
 
 import json
+import re
 import warnings
 import zipfile
 
 import numpy as np
 import open_clip
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 import gpnns_utils as gu
 
@@ -147,13 +149,16 @@ def test_guie_s_checkpoints_are_averaged_backbone_and_head(models, tmp_path):
 def test_a_checkpoint_with_a_head_loads_in_plain_open_clip_as_the_readme_says(models, tmp_path):
     encoder = gu.add_head(gu.load_encoder("open_clip:small/random", "cpu"), 8)
     path = gu.save_checkpoint(encoder, tmp_path / "tuned")
-    state = load_file(path)
-    head = state.pop("embedding_head.linear.weight")
-    models["small"].load_state_dict(state, strict=True)
-    images = torch.rand(2, 3, 32, 32)
+    (said,) = re.findall(
+        r"^```python\n(state = .*?)^```", (gu.HERE / "README.md").read_text(encoding="utf-8"), re.M | re.S
+    )
+    code = said.replace("runs/mine/03_arcmargin.safetensors", str(path))
+    names = {"safetensors": safetensors, "model": models["small"], "images": torch.rand(2, 3, 32, 32)}
     with torch.no_grad():
-        ours = encoder.image_tower(images)
-        assert torch.equal(ours, models["small"].encode_image(images) @ head.T)
+        exec(code, names)
+        assert torch.equal(names["embeddings"], encoder.image_tower(names["images"]))
+    with pytest.raises(RuntimeError, match="embedding_head.linear.weight"):
+        open_clip.load_checkpoint(models["small"], str(path))
 
 
 class AnyObject:
