@@ -15,15 +15,14 @@ from safetensors.torch import save_file
 
 import gpnns_utils as gu
 
-SMALL = {"width": 32, "heads": 2, "layers": 2}
-VISION = {"image_size": 32, "patch_size": 8, **SMALL, "head_width": 16}
-TEXT = {"context_length": 16, "vocab_size": 49408, **SMALL}
+VISION = {"image_size": 32, "patch_size": 8, "width": 32, "head_width": 16, "layers": 2}
+TEXT = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
 SHAPES = {
     "small": {"embed_dim": 16, "vision_cfg": VISION, "text_cfg": TEXT},
     "small-larger": {"embed_dim": 16, "vision_cfg": VISION | {"image_size": 48}, "text_cfg": TEXT},
     "small-longer": {"embed_dim": 16, "vision_cfg": VISION, "text_cfg": TEXT | {"context_length": 24}},
     "small-custom": {"embed_dim": 16, "vision_cfg": VISION, "text_cfg": TEXT, "custom_text": True},
-    "small-siglip": {
+    "small-sigmoid": {
         "embed_dim": 16,
         "vision_cfg": VISION,
         "text_cfg": TEXT,
@@ -66,9 +65,9 @@ def same_embeddings(encoder, model):
     [
         ("small", "small", lambda state: state | {"logit_scale": state["logit_scale"].reshape(1)}),
         ("small", "small-custom", lambda state: state),
-        ("small", "small-siglip", lambda state: state),
-        ("small-siglip", "small-siglip", lambda state: {k: v for k, v in state.items() if k != "logit_bias"}),
-        ("small-siglip", "small-siglip", lambda state: state | {"logit_bias": state["logit_bias"].reshape(1)}),
+        ("small", "small-sigmoid", lambda state: state),
+        ("small-sigmoid", "small-sigmoid", lambda state: {k: v for k, v in state.items() if k != "logit_bias"}),
+        ("small-sigmoid", "small-sigmoid", lambda state: state | {"logit_bias": state["logit_bias"].reshape(1)}),
         ("small", "small", lambda state: {f"module.{key}": value for key, value in state.items()}),
     ],
     ids=["logit_scale [1]", "CLIP's names", "CLIP in SigLIP", "no logit_bias", "logit_bias [1]", "module."],
