@@ -53,7 +53,7 @@ ELSEWHERE = {
     "own_images": (),
     "encoders": ("Encoder", "add_head", "save_checkpoint"),
     "checkpoints": ("load_checkpoint",),
-    "parameters": ("profile_parameters",),
+    "parameters": ("take_parameters",),
     "training": (),
 }
 

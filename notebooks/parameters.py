@@ -1,28 +1,119 @@
-"""Parameters of a notebook, as a profile sets them: profiles/NAME.yml beside this file."""
+"""Parameters of a notebook, wherever they come from: its own cell, papermill's -p, -y and -f, or a profile.
+
+papermill makes 2024 of the text 2024 and knows no lists on the command line, and YAML makes text of 1e-4. So each
+parameter becomes what its default is: text, a whole number, a number, yes or no, or a list of texts.
+"""
+
+import contextlib
+import math
 
 import yaml
 
 import gpnns_utils as gu
 
+CHOICES = {
+    "train": ("one", "all", "none"),
+    "method": ("uniform", "greedy", "wise_ft", "model_stock", "lines", "slerp"),
+    "table": ("mini", "gpnns", "mcip"),
+    "protocol": ("", "own", "paper"),
+}
+COUNTS = ("k", "dimensions", "batch_size", "accumulate", "reference_images", "depth", "realign_batch", "text_chunk")
+SHARES = ("flip", "patch_dropout", "ema", "caption_weight", "alpha")  # a negative alpha stands for "choose it"
 
-def profile_parameters(profile: str, notebook: str, given: dict) -> dict:
-    """What notebooks/profiles/<profile>.yml sets in a notebook, except where `given` differs from the default.
 
-    mini.yml holds the defaults, so a value equal to its default counts as left alone. A profile without a file sets
-    nothing: it is only a name for the results. Raises ValueError when a file sets what the notebook does not know.
+def take_parameters(notebook: str, given: dict) -> dict:
+    """The parameters of a notebook as it uses them, from its `given` globals: of the kind of their defaults, and with the
+    values of notebooks/profiles/<profile>.yml for those that equal their default.
+
+    A profile without a file sets nothing: it is only a name for the results. Raises ValueError for a value that cannot be
+    taken, and when a profile sets what the notebook does not know; it says which parameter, and what it may be.
     """
     folder = gu.HERE / "notebooks" / "profiles"
-    known = sorted(path.stem for path in folder.glob("*.yml"))
-    if profile not in known:
-        print(f"profile {profile}: a name for results only; with parameters of their own: {', '.join(known)}")
-        return {}
-    values, defaults = (
-        yaml.safe_load((folder / f"{name}.yml").read_text(encoding="utf-8"))["notebooks"].get(notebook, {})
-        for name in (profile, "mini")
-    )
+    files = {path.stem: path for path in sorted(folder.glob("*.yml"))}
+    defaults = read_profile(files["mini"], notebook)
+    taken = {name: taken_as(default, given[name], name) for name, default in defaults.items()}
+    profile = taken_as("mini", given["profile"], "profile")
+    if profile not in files:
+        print(f"profile {profile}: a name for results only; with parameters of their own: {', '.join(files)}")
+        return taken | {"profile": profile}
+    values = read_profile(files[profile], notebook)
     if unknown := values.keys() - defaults.keys():
         raise ValueError(f"profiles/{profile}.yml sets {', '.join(sorted(unknown))}, which {notebook} does not know")
-    chosen = {name: value for name, value in values.items() if given[name] == defaults[name] != value}
+    values = {
+        name: taken_as(defaults[name], value, f"{name} in profiles/{profile}.yml") for name, value in values.items()
+    }
+    chosen = {name: value for name, value in values.items() if taken[name] == defaults[name] != value}
     if chosen:
         print(f"profile {profile} sets " + ", ".join(f"{name} = {value!r}" for name, value in chosen.items()))
-    return chosen
+    return taken | chosen | {"profile": profile}
+
+
+def read_profile(path, notebook: str) -> dict:
+    return yaml.safe_load(path.read_text(encoding="utf-8"))["notebooks"].get(notebook, {})
+
+
+def taken_as(default, value, name: str):
+    """`value` as the kind that `default` is; ValueError with the parameter's name and what it may be."""
+    wanted = {str: as_text, list: as_list, bool: as_switch, int: as_whole, float: as_number}[type(default)]
+    try:
+        value = wanted(value)
+    except ValueError as error:
+        raise ValueError(f"{name} must be {error}, not {value!r}. Its default is {default!r}") from None
+    if default and value == []:
+        raise ValueError(f"{name} names nothing; its default is {default!r}")
+    short = name.partition(" ")[0]
+    if short in CHOICES and value not in CHOICES[short]:
+        raise ValueError(f"{name} must be one of {', '.join(filter(None, CHOICES[short]))}, not {value!r}")
+    if short in COUNTS and value < 1:
+        raise ValueError(f"{name} must be 1 or more, not {value}")
+    if short in SHARES and (value > 1 or (value < 0 and short != "alpha")):
+        raise ValueError(f"{name} is a share from 0 to 1, not {value}")
+    if isinstance(default, (int, float)) and value < 0 and short != "alpha":
+        raise ValueError(f"{name} must not be negative, and is {value}")
+    return value
+
+
+def as_text(value) -> str:
+    if isinstance(value, bool | int | float):
+        print(f"{value!r} is taken as text; where papermill changed it (007 becomes 7), give it with -r instead of -p")
+        return str(value)
+    if not isinstance(value, str):
+        raise ValueError("text")
+    return value
+
+
+def as_list(value) -> list[str]:
+    """A list, or text: names with commas between them, or a list in brackets as JSON, YAML and Python write it."""
+    if isinstance(value, str) and value.strip().startswith("["):
+        try:
+            value = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ValueError('a list such as ["one", "two"]') from None
+    listed = value.split(",") if isinstance(value, str) else value
+    if not isinstance(listed, list | tuple):
+        listed = [listed]
+    return [text for one in listed if (text := as_text(one).strip())]
+
+
+def as_switch(value) -> bool:
+    words = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+    if str(value).strip().lower() not in words:
+        raise ValueError("True or False")
+    return words[str(value).strip().lower()]
+
+
+def as_whole(value) -> int:
+    with contextlib.suppress(ValueError):
+        if as_number(value) == int(as_number(value)):
+            return int(as_number(value))
+    raise ValueError("a whole number")
+
+
+def as_number(value) -> float:
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (ValueError, TypeError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError("a number")
+    return number

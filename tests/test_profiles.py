@@ -41,7 +41,7 @@ def test_mini_holds_the_defaults_of_each_notebook(path):
     (cell,) = [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])]
     defaults = {node.target.id: ast.literal_eval(node.value) for node in ast.parse(cell.source).body}
     assert defaults.pop("profile") == "mini" and defaults == DEFAULTS[path.stem]
-    applied = f'globals().update(gu.profile_parameters(profile, "{path.stem}", globals()))'
+    applied = f'globals().update(gu.take_parameters("{path.stem}", globals()))'
     assert applied in [cell.source for cell in cells], "the notebook reads its profile"
 
 
@@ -51,23 +51,107 @@ def test_a_profile_sets_only_what_its_notebooks_know_and_only_what_differs(name)
         assert values.keys() <= DEFAULTS[notebook].keys()
         assert [key for key in values if values[key] == DEFAULTS[notebook][key]] == []
         for key, value in values.items():
-            assert isinstance(value, type(DEFAULTS[notebook][key])) or key == "encoders", (notebook, key)
+            assert isinstance(value, type(DEFAULTS[notebook][key])), (notebook, key)
+
+
+def taken(notebook, profile="mini", **given):
+    return gu.take_parameters(notebook, DEFAULTS[notebook] | {"profile": profile} | given)
 
 
 def test_a_profile_takes_the_place_of_defaults_and_of_nothing_else(capsys):
-    given = DEFAULTS["03_finetune_arcmargin"]
-    chosen = gu.profile_parameters("gpu", "03_finetune_arcmargin", given)
-    assert chosen == PROFILES["gpu"]["notebooks"]["03_finetune_arcmargin"]
+    notebook = "03_finetune_arcmargin"
+    expected = DEFAULTS[notebook] | PROFILES["gpu"]["notebooks"][notebook] | {"profile": "gpu"}
+    assert taken(notebook, "gpu") == expected
     assert "profile gpu sets train_images = 'cub'" in capsys.readouterr().out
-    mine = gu.profile_parameters("gpu", "03_finetune_arcmargin", given | {"train_images": "photos", "margin": 0.2})
-    assert mine == {key: value for key, value in chosen.items() if key not in ("train_images", "margin")}
-    assert gu.profile_parameters("mini", "03_finetune_arcmargin", given) == {}
+    mine = {"train_images": "photos", "margin": 0.2}
+    assert taken(notebook, "gpu", **mine) == expected | mine
+    assert taken(notebook) == DEFAULTS[notebook] | {"profile": "mini"}
 
 
 def test_a_name_without_a_file_only_names_results_and_says_so(capsys):
-    assert gu.profile_parameters("gup", "01_search_images", DEFAULTS["01_search_images"]) == {}
+    assert taken("01_search_images", "gup") == DEFAULTS["01_search_images"] | {"profile": "gup"}
     said = capsys.readouterr().out
     assert "a name for results only; with parameters of their own:" in said and "gpu, " in said
+
+
+@pytest.mark.parametrize(
+    ("notebook", "name", "given", "value"),
+    [  # what papermill and YAML make of what was typed, and what was meant
+        ("01_search_images", "images", 2024, "2024"),
+        ("01_search_images", "images", 2.5, "2.5"),
+        ("01_search_images", "images", True, "True"),
+        ("01_search_images", "profile", 2024, "2024"),
+        ("01_search_images", "k", 7.0, 7),
+        ("01_search_images", "k", "7", 7),
+        ("02_benchmark_encoders", "encoders", "pixels", ["pixels"]),
+        ("02_benchmark_encoders", "encoders", " pixels, mini ,", ["pixels", "mini"]),
+        ("02_benchmark_encoders", "encoders", '["pixels", "mini"]', ["pixels", "mini"]),
+        ("02_benchmark_encoders", "encoders", "[pixels, mini]", ["pixels", "mini"]),
+        ("02_benchmark_encoders", "encoders", "['pixels']", ["pixels"]),
+        ("02_benchmark_encoders", "encoders", ("pixels", "mini"), ["pixels", "mini"]),
+        ("05_average_soups", "checkpoints", ["a.pt", 7], ["a.pt", "7"]),
+        ("05_average_soups", "checkpoints", "", []),
+        ("05_average_soups", "checkpoints", "[]", []),
+        ("04_realign_text_mcip", "rate", "1e-4", 1e-4),  # YAML wants 1.0e-4
+        ("04_realign_text_mcip", "rate", 1, 1.0),
+        ("03_finetune_arcmargin", "balanced", "false", False),  # papermill knows False only
+        ("03_finetune_arcmargin", "balanced", "Yes", True),
+        ("03_finetune_arcmargin", "balanced", 1, True),
+        ("05_average_soups", "alpha", -1, -1.0),
+        ("07_reproduce_papers", "protocol", "", ""),
+    ],
+)
+def test_a_parameter_is_taken_as_what_its_default_is(notebook, name, given, value):
+    found = taken(notebook, **{name: given})
+    assert found.pop(name) == value and type(found.get(name, value)) is type(value)
+    assert found == {k: v for k, v in (DEFAULTS[notebook] | {"profile": "mini"}).items() if k != name}
+
+
+@pytest.mark.parametrize(
+    ("notebook", "name", "given", "message"),
+    [
+        ("01_search_images", "images", None, "images must be text, not None. Its default is 'mini'"),
+        ("01_search_images", "images", ["a"], "images must be text"),
+        ("01_search_images", "k", "five", "k must be a whole number, not 'five'. Its default is 5"),
+        ("01_search_images", "k", 2.5, "k must be a whole number"),
+        ("01_search_images", "k", 0, "k must be 1 or more, not 0"),
+        ("01_search_images", "k", True, "k must be a whole number, not True"),
+        ("01_search_images", "seed", -1, "seed must not be negative, and is -1"),
+        ("02_benchmark_encoders", "encoders", "", "encoders names nothing"),
+        ("02_benchmark_encoders", "encoders", None, "encoders must be text, not None"),
+        ("05_average_soups", "checkpoints", '["a", "b"', 'checkpoints must be a list such as \\["one", "two"\\]'),
+        ("05_average_soups", "method", "gredy", "method must be one of uniform, greedy, .*, not 'gredy'"),
+        ("05_average_soups", "alpha", 1.5, "alpha is a share from 0 to 1, not 1.5"),
+        ("05_average_soups", "dimensions", 0, "dimensions must be 1 or more"),
+        ("03_finetune_arcmargin", "rate", "fast", "rate must be a number, not 'fast'"),
+        ("03_finetune_arcmargin", "rate", float("nan"), "rate must be a number, not nan"),
+        ("03_finetune_arcmargin", "flip", 1.5, "flip is a share from 0 to 1"),
+        ("03_finetune_arcmargin", "balanced", "maybe", "balanced must be True or False, not 'maybe'"),
+        ("03_finetune_arcmargin", "train", "noen", "train must be one of one, all, none, not 'noen'"),
+        ("07_reproduce_papers", "table", "gpns", "table must be one of mini, gpnns, mcip"),
+    ],
+)
+def test_a_parameter_that_cannot_be_meant_is_named_with_what_it_may_be(notebook, name, given, message):
+    with pytest.raises(ValueError, match=message):
+        taken(notebook, **{name: given})
+
+
+@pytest.mark.notebook
+def test_papermill_s_command_line_makes_numbers_of_names_and_the_notebook_text_again(
+    folder, tmp_path, cache, monkeypatch
+):
+    """A folder 2024 and a profile 2024, through papermill itself."""
+    folder.rename(tmp_path / "2024")
+    monkeypatch.chdir(tmp_path)
+    notebook, out = NOTEBOOKS[1], tmp_path / "out.ipynb"
+    command = [sys.executable, "-m", "papermill", str(notebook), str(out), "--no-progress-bar", "--log-level", "ERROR"]
+    command += ["-p", "images", "2024", "-p", "profile", "2024", "-p", "encoders", "pixels"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0, result.stderr[-2000:]
+        assert (gu.HERE / "runs" / "2024" / "02_benchmark_encoders.json").exists()
+    finally:
+        shutil.rmtree(gu.HERE / "runs" / "2024", ignore_errors=True)
 
 
 def test_run_py_runs_the_notebooks_that_a_profile_has_a_part_for():
@@ -83,7 +167,7 @@ def test_a_misspelt_parameter_in_a_profile_is_an_error(tmp_path, monkeypatch):
         (tmp_path / "notebooks" / "profiles" / f"{name}.yml").write_text(text)
     monkeypatch.setattr(gu, "HERE", tmp_path)
     with pytest.raises(ValueError, match="profiles/wide.yml sets kk, which 01_one does not know"):
-        gu.profile_parameters("wide", "01_one", {"k": 5})
+        gu.take_parameters("01_one", {"profile": "wide", "k": 5})
 
 
 # --- line-ups ---
