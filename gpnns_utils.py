@@ -255,12 +255,11 @@ def load_encoder(spec: str, device: torch.device | str | None = None) -> Encoder
     "efficientnet_lite0" (trained on ImageNet, its weights come with the packages, so it needs no download),
     "open_clip:ARCHITECTURE/TAG" (the tag "random" for untrained weights), "timm:NAME", "gpnns:ViT-B@file.pth" (the GP-NNS release format).
     `@file` behind a name takes the weights from a file: "mini@tuned.safetensors", "open_clip:ViT-B-16/openai@epoch_3.pt"
-    (the tag then only says what the file was tuned from, which decides preprocessing and activation).
+    (the tag then says what the file was tuned from, which decides preprocessing and activation).
     Settings that a timm model was trained with follow a question mark:
     "timm:mobilenetv2_035?pad_type=same&bn_eps=0.001&mean=0.5&std=0.5@file.safetensors".
 
-    Raises ValueError for an unknown name or weights that do not fit, FileNotFoundError for a missing file, OSError
-    when weights cannot be downloaded.
+    Raises ValueError for an unknown name or a file that does not fit, FileNotFoundError, OSError without a network.
     """
     from gpnns_utils import encoders
 
@@ -280,8 +279,9 @@ def embed_images(encoder: Encoder, images: ImageSet, batch_size: int = 128, cach
     killed run goes on where it stopped, with bit-identical results. A shard is 1,024 images in a row: images added at
     the end leave earlier shards as they are. cache=False leaves the disk alone, for models that change with every step.
 
-    Files that cannot be read are taken out of `images` (so rows stay aligned), listed in `images.left_out` and named
-    in one warning. Raises ValueError when no image is readable or the encoder returns non-finite or zero vectors.
+    Files that cannot be read, and images whose vector is zero or not finite (as `pixels` has none for a blank page), are
+    taken out of `images` (so rows stay aligned), listed in `images.left_out` and named in a warning. Raises ValueError
+    when that leaves nothing, or when the encoder returns such a vector for a test picture too.
     """
     if len(images) == 0:
         raise ValueError(f"{images.name}: there are no images to embed")
@@ -296,6 +296,10 @@ def embed_images(encoder: Encoder, images: ImageSet, batch_size: int = 128, cach
             if readable:
                 pixels = on_device(torch.from_numpy(pixels).to(encoder.device))
                 features[readable] = run_tower(encoder, encoder.image_tower, pixels)
+            if np.isinf(features).any():
+                unit_rows(
+                    encoder.features(encoder.image_tower, encoder.probe()[None]), f"the features of {encoder.name}"
+                )
             yield features
 
     if cache:
@@ -304,10 +308,11 @@ def embed_images(encoder: Encoder, images: ImageSet, batch_size: int = 128, cach
         embeddings = embed_in_shards(encoder, digests, batch_size, compute, label, "images")
     else:
         embeddings = np.concatenate(list(compute(consecutive(len(images), batch_size))))
-    unreadable = np.flatnonzero(np.isnan(embeddings[:, 0]))
-    if len(unreadable):
-        images.leave_out(unreadable)
-        embeddings = np.delete(embeddings, unreadable, axis=0)
+    blank = f"get a vector from {encoder.name} that is zero or not finite, as blank pages may,"
+    for marks, why in ((np.isnan, "cannot be read"), (np.isinf, blank)):
+        if len(unfit := np.flatnonzero(marks(embeddings[:, 0]))):
+            images.leave_out(unfit, why)
+            embeddings = np.delete(embeddings, unfit, axis=0)
     return embeddings
 
 
@@ -323,7 +328,10 @@ def embed_texts(encoder: Encoder, texts: Sequence[str], batch_size: int = 256, c
 
     def compute(rows: list[list[int]]):
         for batch in rows:
-            yield run_tower(encoder, encoder.text_tower, [texts[i] for i in batch])
+            features = run_tower(encoder, encoder.text_tower, [texts[i] for i in batch])
+            for row in np.flatnonzero(np.isinf(features[:, 0]))[:1]:
+                raise ValueError(f"{encoder.name} gives a vector that is zero or not finite for {texts[batch[row]]!r}")
+            yield features
 
     if not cache:
         return np.concatenate(list(compute(consecutive(len(texts), batch_size))))
@@ -337,11 +345,16 @@ def consecutive(count: int, size: int) -> list[list[int]]:
 
 
 def run_tower(encoder: Encoder, tower: Callable, batch) -> Array:
-    """One batch through a tower: float32 unit rows, in the precision the device gains from."""
+    """One batch through a tower, in the precision the device gains from: float32 unit rows, infinite where there is none."""
     precision = best_precision(encoder.device)
     with torch.inference_mode(), torch.autocast(encoder.device.type, precision, enabled=precision is not None):
-        features = tower(batch)
-    return unit_rows(features.float().cpu().numpy(), f"the features of {encoder.name}")
+        features = tower(batch).float().cpu().numpy()
+    with np.errstate(over="ignore", invalid="ignore"):
+        squares = vecdot(features, features)
+    fit, units = np.isfinite(squares) & (squares > 0), np.full(features.shape, np.inf, dtype=np.float32)
+    if fit.any():
+        units[fit] = unit_rows(features[fit])
+    return units
 
 
 def embed_in_shards(

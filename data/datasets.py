@@ -52,7 +52,14 @@ TRIES, PAUSE, TIMEOUT = 4, 3.0, 60.0  # downloads: attempts without progress, se
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 NO_LABELS = "has no labels: put each class into a folder of its own, or add a column 'label'"
-PER_IMAGE = ("images", "labels", "groups", "captions", "crops")  # the fields of an ImageSet with one entry per image
+PER_IMAGE = (
+    "images",
+    "labels",
+    "groups",
+    "captions",
+    "crops",
+    "rows",
+)  # the fields of an ImageSet with one entry per image
 
 
 @dataclass
@@ -62,7 +69,8 @@ class ImageSet:
     images: list of paths, or uint8 array (n, height, width, 3). labels: int64 (n,) class numbers. groups: (n,) domain
     names. captions: n lists of strings (a single string is taken as a list of one). names: class number -> readable
     name. left_out: files that could not be read, each with the reason. crops: int (n, 4), the part that counts of each
-    picture file: left, top, right, bottom in pixels; a right or bottom below 1 counts from the other edge.
+    picture file: left, top, right, bottom in pixels; a right or bottom below 1 counts from the other edge. rows: int64 (n,),
+    which row of the first, whole set each image was: embeddings from before and after `leave_out` are matched by them.
 
     Raises ValueError for fields that do not belong together.
     """
@@ -75,6 +83,7 @@ class ImageSet:
     names: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     crops: np.ndarray | None = None
+    rows: np.ndarray | None = None
 
     def __post_init__(self):
         if isinstance(self.images, (str, Path)):
@@ -83,6 +92,7 @@ class ImageSet:
             raise ValueError(
                 f"{self.name}: an array of images is uint8 (n, height, width, 3), not {self.images.dtype} {self.images.shape}"
             )
+        self.rows = np.arange(len(self)) if self.rows is None else self.rows
         for part in PER_IMAGE[1:]:
             values = getattr(self, part)
             if isinstance(values, str) or (values is not None and len(values) != len(self)):
@@ -144,8 +154,8 @@ class ImageSet:
                 progress.update(len(found))
         return found
 
-    def leave_out(self, rows: np.ndarray) -> None:
-        """Take out images that cannot be read, and say so once: in `left_out`, and in a warning."""
+    def leave_out(self, rows: np.ndarray, why: str = "cannot be read") -> None:
+        """Take out images that cannot be used, and say so once: in `left_out`, and in a warning."""
         reasons = []
         for row in rows:
             try:
@@ -155,14 +165,13 @@ class ImageSet:
                 reasons.append(f"{self.describe(row)} ({type(error).__name__})")
         total = len(self)
         if len(rows) == total:
-            raise ValueError(f"{self.name}: none of the {total} images can be read; the first is {reasons[0]}")
+            raise ValueError(f"{self.name}: all {total} images {why}; the first is {reasons[0]}")
         kept = self.subset(np.setdiff1d(np.arange(total), rows))
         for part in PER_IMAGE:
             setattr(self, part, getattr(kept, part))
         self.left_out += reasons
         shown = ", ".join(reasons[:5]) + (f" and {len(reasons) - 5} more" if len(reasons) > 5 else "")
-        message = f"{self.name}: {len(rows)} of {total} images cannot be read and are left out: {shown}"
-        warnings.warn(message, stacklevel=3)
+        warnings.warn(f"{self.name}: {len(rows)} of {total} images {why} and are left out: {shown}", stacklevel=3)
 
 
 def text_queries(images: ImageSet) -> tuple[list[str], list[np.ndarray]]:

@@ -363,8 +363,52 @@ def test_unreadable_images_are_named_left_out_and_counted(folder, cache):
 def test_no_readable_image_at_all_is_an_error(folder, cache):
     for path in folder.rglob("*.png"):
         path.write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="none of the 12 images can be read; the first is .*0.png"):
+    with pytest.raises(ValueError, match="all 12 images cannot be read; the first is .*0.png"):
         gu.embed_images(gu.load_encoder("mini", "cpu"), gu.load_images(folder))
+
+
+def blank_pages(folder, *names):
+    for name in names:
+        Image.new("RGB", (50, 40), "white").save(folder / name)
+
+
+def test_a_blank_page_is_left_out_and_named_like_an_unreadable_file(folder, cache):
+    """`pixels` subtracts the mean color; of one color nothing remains. The others keep their rows and their numbers."""
+    encoder = gu.load_encoder("pixels", "cpu")
+    whole = gu.embed_images(encoder, gu.load_images(folder), cache=False)
+    blank_pages(folder, "blue/1.png", "red/3.png")
+    (folder / "green" / "2.png").write_bytes(b"broken")
+    for run in ("computed", "from the cache", "not cached"):
+        images = gu.load_images(folder)
+        with pytest.warns(UserWarning) as caught:
+            embeddings = gu.embed_images(encoder, images, batch_size=2, cache=run != "not cached")
+        said = [str(warning.message) for warning in caught]
+        assert "1 of 12 images cannot be read" in said[0] and "green/2.png" in said[0], run
+        assert "2 of 11 images get a vector from pixels that is zero" in said[1]
+        assert "blue/1.png" in said[1] and "red/3.png" in said[1] and len(said) == 2
+        assert len(images.left_out) == 3
+        kept = np.setdiff1d(np.arange(12), [1, 6, 11])
+        np.testing.assert_array_equal(images.rows, kept)
+        np.testing.assert_array_equal(images.labels, np.repeat([0, 1, 2], 4)[kept])
+        np.testing.assert_allclose(embeddings, whole[kept], atol=1e-6)
+    images = gu.load_images(folder)
+    with pytest.warns(UserWarning, match="1 of 12 images cannot be read"):
+        assert len(gu.embed_images(gu.load_encoder("mini", "cpu"), images)) == 11, "mini has a vector for any page"
+
+
+def test_only_blank_pages_are_an_error(folder, cache):
+    blank_pages(folder, *[path.relative_to(folder) for path in folder.rglob("*.png")])
+    with pytest.raises(ValueError, match="all 12 images get a vector from pixels that is zero"):
+        gu.embed_images(gu.load_encoder("pixels", "cpu"), gu.load_images(folder))
+
+
+def test_a_text_without_a_vector_is_named(cache):
+    encoder = gu.load_encoder("mini", "cpu")
+    tower = encoder.text_tower
+    encoder.text_tower = lambda texts: tower(texts) * torch.tensor([[float(text != "a void")] for text in texts])
+    with pytest.raises(ValueError, match="mini gives a vector that is zero or not finite for 'a void'"):
+        gu.embed_texts(encoder, ["a red flower", "a blue vase", "a void"], batch_size=2)
+    assert not list(cache.rglob("*.npy"))
 
 
 def test_text_asked_of_an_image_encoder_says_what_to_use(cache):
