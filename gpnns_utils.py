@@ -88,10 +88,7 @@ class Run:
 
 
 def setup(profile: str = "mini", seed: int = 0) -> Run:
-    """Choose device and folders, fix the seeds, set the figure style, print one card.
-
-    `profile` names the results folder `runs/<profile>/`.
-    """
+    """Choose device and folder (runs/<profile>/), fix the seeds, set the figure style, print one card."""
     import matplotlib
 
     matplotlib.rcParams.update(STYLE)
@@ -691,7 +688,9 @@ class Score:
 
 
 def same_label(query_labels: Array, gallery_labels: Array) -> list[Array]:
-    """For each query, the gallery rows that carry its label."""
+    """For each query, the gallery rows that carry its label. Raises ValueError where there are no labels."""
+    if query_labels is None or gallery_labels is None:
+        raise ValueError(f"one of the two sets {importlib.import_module('gpnns_utils.datasets').NO_LABELS}")
     order = np.argsort(gallery_labels, kind="stable")
     ordered = np.asarray(gallery_labels)[order]
     starts, ends = np.searchsorted(ordered, query_labels, "left"), np.searchsorted(ordered, query_labels, "right")
@@ -699,13 +698,9 @@ def same_label(query_labels: Array, gallery_labels: Array) -> list[Array]:
 
 
 def rank_relevant(
-    queries: Array,
-    gallery: Array,
-    relevant: Sequence,
-    leave_out: Sequence | None = None,
-    ties: str = "group",
-    bias: Array | None = None,
-) -> Array:
+    queries: Array, gallery: Array, relevant: Sequence, leave_out: Sequence | None = None,
+    ties: str = "group", bias: Array | None = None,
+) -> Array:  # fmt: skip
     """The rank of every relevant gallery row in each query's full ranking: float64 (n, r), ascending, padded with inf.
 
     Every score below is a function of these ranks. No list is ever sorted: the rank of a row is the number of rows
@@ -732,9 +727,8 @@ def rank_relevant(
         found = []
         for query, row in enumerate(scores, start):
             if leave_out is not None:
-                row[
-                    row_numbers(leave_out[query], len(row), f"the rows that query {query} leaves out", none=True)
-                ] = -np.inf
+                without = row_numbers(leave_out[query], len(row), f"the rows that query {query} leaves out", none=True)
+                row[without] = -np.inf
             rows = row_numbers(relevant[query], len(row), f"the relevant rows of query {query}")
             wanted = row[np.unique(rows)]  # one that is listed twice counts once
             found.append(count_ranks(row, wanted if leave_out is None else wanted[wanted > -np.inf], ties))
@@ -743,7 +737,11 @@ def rank_relevant(
     # One product per core, rather than all cores on each product: then they also share the counting.
     with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(workers) as pool:
         found = [ranks for part in pool.map(rank_block, range(0, len(queries), block)) for ranks in part]
-    ranks = np.full((len(found), max(1, *map(len, found))), np.inf)
+    if not any(map(len, found)):
+        raise ValueError(
+            "no query has anything to find: a class needs two images or more, a text an image that it describes"
+        )
+    ranks = np.full((len(found), max(map(len, found))), np.inf)
     for query, values in enumerate(found):
         ranks[query, : len(values)] = values
     return ranks
@@ -854,14 +852,9 @@ PACKAGES = ("torch", "open_clip", "timm", "faiss", "numpy")  # whose versions ar
 
 
 def result_row(
-    model: str,
-    task: str,
-    metric: str,
-    score: Score,
-    clusters: Array | None = None,
-    group: str = "all",
-    split: str = "test",
-) -> dict:
+    model: str, task: str, metric: str, score: Score, clusters: Array | None = None,
+    group: str = "all", split: str = "test",
+) -> dict:  # fmt: skip
     """One line of a results file: a score from 0 to 100 with its interval."""
     low, high = score.interval(clusters)
     row = {"model": model, "task": task, "split": split, "group": group, "metric": metric}
@@ -872,8 +865,9 @@ def result_row(
 def save_results(run: Run, notebook: str, rows: list[dict], headline: str) -> Path:
     """Write runs/<profile>/<notebook>.json: what ran, where, how long, one line to remember, one tidy row per number."""
     environment = {"python": platform.python_version(), "device": str(run.device), "platform": run.platform}
-    environment |= {"seed": run.seed}
-    environment |= {name: sys.modules[name].__version__ for name in PACKAGES if name in sys.modules}
+    environment |= {"seed": run.seed} | {
+        name: sys.modules[name].__version__ for name in PACKAGES if name in sys.modules
+    }
     result = {"notebook": notebook, "profile": run.profile, "seconds": round(time.time() - run.started, 1)}
     result |= {"headline": headline, "environment": environment, "rows": rows}
     path = run.folder / f"{notebook}.json"
@@ -894,12 +888,9 @@ STYLE = {
 
 
 def show_images(
-    rows: Sequence[Sequence],
-    titles: Sequence[Sequence[str]] | None = None,
-    frames: Sequence[Sequence] | None = None,
-    labels: Sequence[str] = (),
-    size: float = 0.8,
-) -> Picture:
+    rows: Sequence[Sequence], titles: Sequence[Sequence[str]] | None = None, frames: Sequence[Sequence] | None = None,
+    labels: Sequence[str] = (), size: float = 0.8,
+) -> Picture:  # fmt: skip
     """A grid of images with optional titles and frame colors per image, and a label per row.
 
     Returned as a JPEG, which keeps a notebook with many photographs small.
@@ -1000,3 +991,10 @@ def show_table(rows: Sequence[dict], caption: str = "", best: Sequence[str] = ()
     head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
     body = "".join("<tr>" + "".join(cell(row, column) for column in columns) + "</tr>" for row in rows)
     return HTML(f"<table><caption>{html.escape(caption)}</caption><tr>{head}</tr>{body}</table>")
+
+
+def show_findings(sentences: Sequence[str]) -> HTML:
+    """Sentences as a list. Names of models, groups and files in them are shown as they are, never taken as markup."""
+    from IPython.display import HTML
+
+    return HTML("<ul>" + "".join(f"<li>{html.escape(sentence)}</li>" for sentence in sentences) + "</ul>")

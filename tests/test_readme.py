@@ -115,7 +115,7 @@ def test_the_numbers_beside_a_notebook_are_those_of_its_committed_run(path):
     (row,) = [line for line in README.splitlines() if line.startswith(f"| [{path.stem}]")]
     headline = row.rstrip(" |").rsplit("|", 1)[1]
     outputs = [o for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] for o in cell.get("outputs", [])]
-    said = json.dumps([o.get("data", {}).get(kind, "") for o in outputs for kind in ("text/plain", "text/markdown")])
+    said = json.dumps([o.get("data", {}).get(kind, "") for o in outputs for kind in ("text/plain", "text/html")])
     numbers = re.findall(r"\d[\d.,]*\d", headline)
     assert numbers
     for number in numbers:

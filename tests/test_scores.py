@@ -152,7 +152,18 @@ def test_masks_and_row_numbers_say_the_same():
     rows = gu.rank_relevant(x, x, gu.same_label(labels, labels), leave_out=np.arange(12)[:, None])
     np.testing.assert_array_equal(gu.rank_relevant(x, x, same, leave_out=np.eye(12, dtype=bool)), rows)
     np.testing.assert_array_equal(gu.rank_relevant(x, x, list(same), leave_out=[[i, -1] for i in range(12)]), rows)
-    assert np.isnan(gu.recall_at_k(gu.rank_relevant(x, x, [[]] * 12)).per_query).all()
+    some = gu.rank_relevant(x, x, [[]] * 11 + [[3]])
+    np.testing.assert_array_equal(np.isnan(gu.recall_at_k(some).per_query), np.arange(12) < 11)
+
+
+def test_nothing_to_find_is_an_error_and_no_score_of_nan():
+    """One image per class, labels that are not there: README's own ten lines on such a folder."""
+    x = unit(np.random.default_rng(0), 5, 4)
+    alone = gu.same_label(np.arange(5), np.arange(5))
+    with pytest.raises(ValueError, match="no query has anything to find: a class needs two images or more"):
+        gu.rank_relevant(x, x, alone, leave_out=np.arange(5)[:, None])
+    with pytest.raises(ValueError, match="has no labels: put each class into a folder of its own"):
+        gu.same_label(None, None)
 
 
 @pytest.mark.parametrize(
@@ -234,8 +245,10 @@ def test_revisited_map_follows_the_reference_loop():
 
 def test_a_revisited_query_without_positives_is_skipped():
     query, gallery = scores_as_vectors([0.9, 0.8])
-    truth = [{"easy": [0], "hard": [], "junk": []}]
-    assert np.isnan(REVISITED.revisited_map(query, gallery, truth, "hard").mean)
+    truth = [{"easy": [0], "hard": [], "junk": []}, {"easy": [0], "hard": [1], "junk": []}]
+    query = np.concatenate([query, query])
+    hard = REVISITED.revisited_map(query, gallery, truth, "hard")
+    assert np.isnan(hard.per_query[0]) and hard.mean == 1
     assert REVISITED.revisited_map(query, gallery, truth, "easy").mean == 1
 
 
