@@ -320,8 +320,10 @@ def embed_texts(encoder: Encoder, texts: Sequence[str], batch_size: int = 256, c
     """
     if encoder.text_tower is None:
         raise ValueError(f"{encoder.name} encodes images only; for text, choose mini or an open_clip: encoder")
-    if len(texts) == 0 or isinstance(texts, str):
-        raise ValueError(f"texts must be a list of at least one string, not {texts!r}")
+    texts = texts if isinstance(texts, str) else list(texts)
+    if not texts or isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+        shown = next((text for text in texts if not isinstance(text, str)), texts)
+        raise ValueError(f"texts must be a list of strings, one or more, not {shown!r}")
 
     def compute(rows: list[list[int]]):
         for batch in rows:
@@ -332,7 +334,7 @@ def embed_texts(encoder: Encoder, texts: Sequence[str], batch_size: int = 256, c
 
     if not cache:
         return np.concatenate(list(compute(consecutive(len(texts), batch_size))))
-    digests = [hashlib.blake2b(text.encode(), digest_size=16).digest() for text in texts]
+    digests = [hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest() for text in texts]
     return embed_in_shards(encoder, digests, batch_size, compute, f"embedding texts with {encoder.name}", "texts")
 
 
@@ -362,7 +364,9 @@ def embed_in_shards(
     folder = cache_folder() / "embeddings" / f"{encoder.fingerprint(unit)}-{precision}-{unit}"
     members = consecutive(len(digests), SHARD)  # the rows of each shard
     keys = [hashlib.blake2b(b"".join(digests[row] for row in rows), digest_size=16).hexdigest() for rows in members]
-    shards = [read_shard(folder / f"{key}.npy", encoder.dim) for key in keys]
+    shards = [
+        read_shard(folder / f"{key}.npy", len(rows), encoder.dim) for key, rows in zip(keys, members, strict=True)
+    ]
     missing = [i for i, shard in enumerate(shards) if shard is None]
     progress = Progress(len(digests), label, unit)
     done = len(digests) - sum(len(members[i]) for i in missing)
@@ -380,13 +384,13 @@ def embed_in_shards(
     return np.concatenate(shards)
 
 
-def read_shard(path: Path, dim: int) -> Array | None:
+def read_shard(path: Path, rows: int, dim: int) -> Array | None:
     """A cached shard, or None when there is none; a damaged file is named and computed again."""
     if not path.exists():
         return None
     with contextlib.suppress(ValueError, OSError, EOFError):
         shard = np.load(path, allow_pickle=False)
-        if shard.ndim == 2 and shard.shape[1] == dim:
+        if (shard.shape, shard.dtype) == ((rows, dim), np.float32):
             return shard
     warnings.warn(f"{path} is damaged and is computed again", stacklevel=2)
     return None
@@ -891,10 +895,7 @@ def show_images(
     rows: Sequence[Sequence], titles: Sequence[Sequence[str]] | None = None, frames: Sequence[Sequence] | None = None,
     labels: Sequence[str] = (), size: float = 0.8,
 ) -> Picture:  # fmt: skip
-    """A grid of images with optional titles and frame colors per image, and a label per row.
-
-    Returned as a JPEG, which keeps a notebook with many photographs small.
-    """
+    """A grid of images, titles and frame colors for each, a label per row: a JPEG, which keeps a notebook small."""
     import matplotlib.pyplot as plt
 
     columns = max(map(len, rows))
@@ -958,8 +959,7 @@ def show_neighbors(
 def live_picture(draw: Callable[..., Picture], controls: dict[str, widgets.Widget]) -> widgets.VBox:
     """Controls, and below them the picture that `draw(**values)` makes, anew on every move.
 
-    The picture is a widget itself: the Output widget of `interact` hides exceptions, and in batch it sometimes blocks
-    for ever (nbclient issue 312).
+    The picture is a widget itself: `interact`'s Output widget hides exceptions, and may block in batch (nbclient 312).
     """
     import ipywidgets as widgets
 

@@ -1551,11 +1551,12 @@ def unpack(archive: Path, target: Path, nested: bool = False) -> None:
 
 def extract(archive: Path, folder: Path) -> None:
     """Unpack every file of a tar or zip archive. ValueError for a name that leads outside: the standard library, which
-    does the work, would take the file in under another name."""
+    does the work, would take the file in under another name; and before more is written than such a file can hold."""
     progress = gu.Progress(max(file_size(archive) // 2**20, 1), f"unpacking {archive.name}", "MB")
     with open(archive, "rb") as raw:
         if zipfile.is_zipfile(raw):
             with zipfile.ZipFile(raw) as packed:
+                check_room(archive, folder, sum(member.file_size for member in packed.infolist()))
                 for member in packed.infolist():
                     refuse(archive, member.filename, stat.S_ISLNK(member.external_attr >> 16))
                     packed.extract(member, folder)
@@ -1564,10 +1565,31 @@ def extract(archive: Path, folder: Path) -> None:
         raw.seek(0)
         with tarfile.open(fileobj=raw, mode="r:*") as packed:
             packed.extraction_filter = getattr(tarfile, "data_filter", lambda member, _: member)  # since Python 3.11.4
+            total = 0
             for member in packed:
+                total += member.size
+                check_room(archive, folder, total, written=total - member.size)
                 refuse(archive, member.name, not (member.isfile() or member.isdir()))
                 packed.extract(member, folder)
                 progress.update(raw.tell() // 2**20)
+
+
+def check_room(archive: Path, folder: Path, total: int, written: int = 0) -> None:
+    """ValueError for an archive that unpacks to far more bytes than pictures and lists could (a "bomb"), OSError where
+    the disk has no room for the rest of its `total` bytes."""
+    if total > max(BOMB * file_size(archive), 100e6):
+        raise ValueError(
+            f"{archive} ({file_size(archive) / 1e6:,.1f} MB) would unpack to {total / 1e6:,.0f} MB or more, which no archive of "
+            "images does; nothing of it was kept. Get it from its home page again, or unpack it yourself if you trust it"
+        )
+    free = shutil.disk_usage(folder).free
+    if total - written > free:
+        raise OSError(
+            errno.ENOSPC, f"it unpacks to {total / 1e6:,.0f} MB, and {folder.parent} has {free / 1e6:,.0f} MB free"
+        )
+
+
+BOMB = 200  # times: zip and gzip make an empty page 1,000 times smaller, JPEG files not at all, lists 20 times
 
 
 def refuse(archive: Path, name: str, special: bool) -> None:

@@ -12,6 +12,7 @@ drawn again on its own. `load_split` draws a split once and keeps it in a cache 
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -769,10 +770,10 @@ def load_split(split: str, cache: str | Path, seed: int = 0, report: Callable[[i
         raise ValueError(f"the mini world has no split {split!r}; choose one of {', '.join(SPLITS)}")
     _, classes, views = SPLITS[split]
     keys = [(domain, number) for domain in DOMAINS for number in range(classes)]
-    path = Path(cache) / "mini_world" / f"{split}-seed{seed}-v{VERSION}.npy"
-    if not path.exists():
+    path, shape = Path(cache) / "mini_world" / f"{split}-seed{seed}-v{VERSION}.npy", (len(keys) * views, SIZE, SIZE, 3)
+    if read_drawn(path, shape) is None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        images = np.empty((len(keys) * views, SIZE, SIZE, 3), dtype=np.uint8)
+        images = np.empty(shape, dtype=np.uint8)
         for i, (domain, number) in enumerate(keys):
             for view in range(views):
                 images[i * views + view] = draw_image(split, domain, number, view, seed)
@@ -784,12 +785,26 @@ def load_split(split: str, cache: str | Path, seed: int = 0, report: Callable[[i
         os.replace(partial, path)  # a reader sees the whole file or none
     captions = [class_captions(split, domain, number, seed) for domain, number in keys]
     return {
-        "images": np.load(path, mmap_mode="r"),
+        "images": read_drawn(path, shape),
         "labels": np.repeat(np.arange(len(keys)), views),
         "groups": np.repeat([domain for domain, _ in keys], views),
         "captions": [captions[i] for i in range(len(keys)) for _ in range(views)],
         "names": [f"{domain} {number}" for domain, number in keys],
     }
+
+
+def read_drawn(path: Path, shape: tuple) -> np.ndarray | None:
+    """The images in a file, memory-mapped, or None when it is not there or damaged: then they are drawn again."""
+    if not path.exists():
+        return None
+    try:
+        images = np.load(path, mmap_mode="r")
+        if (images.shape, images.dtype) == (shape, np.uint8):
+            return images
+    except (ValueError, OSError, EOFError):
+        pass
+    warnings.warn(f"{path} is damaged and is drawn again", stacklevel=2)
+    return None
 
 
 def fingerprint(split: str, per_domain: int = 2, seed: int = 0) -> str:

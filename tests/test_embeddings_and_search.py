@@ -414,7 +414,7 @@ def test_a_text_without_a_vector_is_named(cache):
 def test_text_asked_of_an_image_encoder_says_what_to_use(cache):
     with pytest.raises(ValueError, match="pixels encodes images only; for text, choose mini"):
         gu.embed_texts(gu.load_encoder("pixels", "cpu"), ["a flower"])
-    with pytest.raises(ValueError, match="at least one string"):
+    with pytest.raises(ValueError, match="a list of strings, one or more, not"):
         gu.embed_texts(gu.load_encoder("mini", "cpu"), [])
 
 
