@@ -108,11 +108,8 @@ def setup(profile: str = "mini", seed: int = 0) -> Run:
 
 
 def best_device() -> torch.device:
-    """A GPU that really computes, else the CPU.
-
-    Some installations of torch see a GPU without having kernels for it (a P100 on Kaggle): asking is not enough, so
-    one small product is computed.
-    """
+    """A GPU that really computes, else the CPU. Some installations of torch see a GPU without having kernels for it (a
+    P100 on Kaggle): asking is not enough, so one small product is computed."""
     cuda = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # each process of a training on several GPUs has its own
     for name, there in ((cuda, torch.cuda.is_available()), ("mps", torch.backends.mps.is_available())):
         if there:
@@ -145,10 +142,7 @@ def cache_folder() -> Path:
 
 
 class Progress:
-    """A progress line that updates in place and is still there, in its last state, when a notebook is read later.
-
-    Nothing is shown for work that ends within a second.
-    """
+    """A progress line that updates in place and stays, in its last state, in a saved notebook; none for short work."""
 
     def __init__(self, total: int, label: str, unit: str = "images", done: int = 0):
         self.total, self.label, self.unit = total, label, unit
@@ -193,10 +187,8 @@ def display_over(handle, thing):
 
 
 def write_atomically(path: Path, write: Callable) -> None:
-    """Call `write(file)` on a temporary file and move it to `path`: a killed process never leaves half a file there.
-
-    When writing fails, as on a full disk, the temporary file is removed, an earlier `path` stays, and OSError says so.
-    """
+    """Call `write(file)` on a temporary file and move it to `path`: a killed process never leaves half a file there. When
+    writing fails, as on a full disk, the temporary file is removed, an earlier `path` stays, and OSError says so."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
@@ -266,6 +258,7 @@ def load_encoder(spec: str, device: torch.device | str | None = None) -> Encoder
 # --- embeddings ------------------------------------------------------------------------------------------------------
 
 SHARD = 1024  # images per cache file: what a killed run can lose
+HALF = re.compile("[\ud800-\udfff]")  # half characters, as in names of files that are no UTF-8: no tokenizer takes them
 
 
 def embed_images(encoder: Encoder, images: ImageSet, batch_size: int = 128, cache: bool = True) -> Array:
@@ -300,9 +293,8 @@ def embed_images(encoder: Encoder, images: ImageSet, batch_size: int = 128, cach
             yield features
 
     if cache:
-        digests = images.digests()
         label = f"embedding {images.name} with {encoder.name}"
-        embeddings = embed_in_shards(encoder, digests, batch_size, compute, label, "images")
+        embeddings = embed_in_shards(encoder, images.digests(), batch_size, compute, label, "images")
     else:
         embeddings = np.concatenate(list(compute(consecutive(len(images), batch_size))))
     blank = f"get a vector from {encoder.name} that is zero or not finite, as blank pages may,"
@@ -320,10 +312,9 @@ def embed_texts(encoder: Encoder, texts: Sequence[str], batch_size: int = 256, c
     """
     if encoder.text_tower is None:
         raise ValueError(f"{encoder.name} encodes images only; for text, choose mini or an open_clip: encoder")
-    texts = texts if isinstance(texts, str) else list(texts)
-    if not texts or isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
-        shown = next((text for text in texts if not isinstance(text, str)), texts)
-        raise ValueError(f"texts must be a list of strings, one or more, not {shown!r}")
+    alone = isinstance(texts, str) or len(texts) == 0
+    if wrong := [texts] if alone else [text for text in texts if not isinstance(text, str) or HALF.search(text)]:
+        raise ValueError(f"texts must be a list of strings, one or more, not {wrong[0]!r}")
 
     def compute(rows: list[list[int]]):
         for batch in rows:
@@ -334,7 +325,7 @@ def embed_texts(encoder: Encoder, texts: Sequence[str], batch_size: int = 256, c
 
     if not cache:
         return np.concatenate(list(compute(consecutive(len(texts), batch_size))))
-    digests = [hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest() for text in texts]
+    digests = [hashlib.blake2b(text.encode(), digest_size=16).digest() for text in texts]
     return embed_in_shards(encoder, digests, batch_size, compute, f"embedding texts with {encoder.name}", "texts")
 
 
@@ -424,6 +415,9 @@ def checked(
     if dim and dim != shape[1]:
         raise ValueError(f"{what} have {shape[1]} dimensions, the gallery {dim}; embed both with the same encoder")
     part = vectors[rows]
+    kind = np.float32 if isinstance(part, torch.Tensor) else np.asarray(part[:1]).dtype
+    if np.dtype(kind).kind not in "fiub":
+        raise ValueError(f"{what} must hold numbers, not {kind}")
     part = part.detach().float().cpu().numpy() if isinstance(part, torch.Tensor) else part
     part = np.ascontiguousarray(part, dtype=np.float32).reshape(-1, shape[1])
     with np.errstate(over="ignore"):
@@ -668,10 +662,8 @@ class Score:
         return float(np.nanmean(self.per_query)) if np.isfinite(self.per_query).any() else float("nan")
 
     def interval(self, clusters: Array | None = None, resamples: int = 1000, seed: int = 0) -> tuple[float, float]:
-        """A bootstrap 95 % interval of the mean, resampling queries, or whole clusters of them.
-
-        The images of a class succeed and fail together: pass their labels as `clusters`, or the interval is too narrow.
-        """
+        """A bootstrap 95 % interval of the mean, resampling queries, or whole clusters of them: the images of a class
+        succeed and fail together, so pass their labels as `clusters`, or the interval is too narrow."""
         from scipy.stats import bootstrap
 
         there = np.isfinite(self.per_query)
@@ -809,12 +801,20 @@ def knn_accuracy(
 
     k=21 and 0.1 as in MCIP (2409.01936); DINO uses 0.07. k is cut to the size of the gallery.
     """
+    check_labels(query_labels, len(queries), "queries")
+    check_labels(gallery_labels, len(gallery), "gallery rows")
     scores, rows = search(queries, gallery, min(k, len(gallery)))
     classes, votes_for = np.unique(gallery_labels, return_inverse=True)
     weights = np.exp((scores - 1) / temperature)  # minus 1 changes no vote and keeps exp small
     votes = np.zeros((len(queries), len(classes)))
     np.add.at(votes, (np.arange(len(queries))[:, None], votes_for[rows]), weights)
     return Score((classes[votes.argmax(axis=1)] == np.asarray(query_labels)).astype(float))
+
+
+def check_labels(labels: Sequence, count: int, what: str) -> None:
+    """ValueError unless there is one label for each; numpy would stretch a single one, and leave the rest of more unused."""
+    if np.shape(labels) != (count,):
+        raise ValueError(f"{count} {what} need as many labels, not {' x '.join(map(str, np.shape(labels))) or labels}")
 
 
 def text_to_image_recall(texts: Array, images: Array, relevant: Sequence, k: int = 1) -> Score:
@@ -831,6 +831,7 @@ def class_embeddings(encoder: Encoder, names: Sequence[str], templates: Sequence
 
 def zero_shot_accuracy(images: Array, labels: Array, classes: Array) -> Score:
     """Accuracy of giving each image the class whose text embedding is nearest. labels: rows of `classes`."""
+    check_labels(labels, len(images), "images")
     _, nearest = search(images, classes, k=1)
     return Score((nearest[:, 0] == np.asarray(labels)).astype(float))
 
@@ -840,8 +841,7 @@ def hubness(
 ) -> tuple[float, Array]:
     """How unevenly images are found: (skewness, counts), counts[i] = in how many queries' first k row i appears.
 
-    A skewness near 0 means that all rows are found about equally often; hubs, found by far too many queries, make it
-    large (Radovanovic et al., JMLR 2010).
+    Near 0, all rows are found about equally often; hubs make it large (Radovanovic et al., JMLR 2010).
     """
     from scipy.stats import skew
 
