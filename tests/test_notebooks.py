@@ -16,6 +16,7 @@ import pytest
 import timm
 import torch
 from conftest import FOLDER, NOTEBOOKS, execute, run_here, text_of, value, write_notebook
+from PIL import Image
 from safetensors.torch import load_file
 from wrong_answers import WRONG
 
@@ -586,3 +587,29 @@ def test_make_course_stops_at_a_failing_notebook_and_names_it(tmp_path, cell, me
     assert "[1/3] 01_good ... done" in result.stdout and "[2/3] 02_bad ... failed" in result.stdout
     assert re.search(message, result.stdout), result.stdout
     assert re.search(r"03_after +not run", result.stdout)
+
+
+def test_a_blank_page_among_the_images_is_left_out_for_all_encoders(shapes, results, cache):
+    """`pixels`, the first encoder of the list, has no vector for it; mini would have one."""
+    Image.new("RGB", (40, 40), "white").save(shapes / "class 4" / "2.png")
+    with pytest.warns(UserWarning, match="1 of 60 images get a vector from pixels that is zero.* left out: .*2.png"):
+        names = run_here("02", {"profile": results[0], "images": str(shapes), "encoders": ["mini", "pixels", "random"]})
+    assert {len(vectors) for vectors in names.embedded.values()} == {59} == {len(names.photos)}
+    alone = gu.embed_images(gu.load_encoder("mini"), names.photos, cache=False)
+    np.testing.assert_allclose(names.embedded["mini"], alone, atol=1e-5)
+    assert np.isfinite([row["value"] for row in names.rows]).all()
+
+
+def test_one_image_for_each_class_is_refused_and_gives_no_score_of_nan(shapes, results, cache):
+    for path in shapes.rglob("[1-9].png"):
+        path.unlink()
+    with pytest.raises(ValueError, match="no query has anything to find: a class needs two images or more"):
+        run_here("02", {"profile": results[0], "images": str(shapes)})
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_the_first_notebook_searches_among_two_or_three_images(shapes, results, cache, count):
+    for path in sorted(shapes.rglob("*.png"))[count:]:
+        path.unlink()
+    names = run_here("01", {"profile": results[0], "images": str(shapes)})
+    assert names.k == count - 1 and len(names.embeddings) == count
