@@ -48,7 +48,18 @@ DATA = HERE / "data" if CHECKOUT else HERE / "gpnns_data"
 
 # Files in these folders are submodules: gpnns_utils.datasets, gpnns_utils.training and so on.
 __path__ = [str(DATA), str(HERE / ("notebooks" if CHECKOUT else "gpnns_notebooks"))]
-from gpnns_utils.checks import check_k, check_labels, checked, checked_bias, row_numbers, unit_rows, vecdot  # noqa: E402
+from gpnns_utils.checks import (  # noqa: E402
+    check_cut,
+    check_k,
+    check_labels,
+    check_same_kind,
+    check_texts,
+    checked,
+    checked_bias,
+    row_numbers,
+    unit_rows,
+    vecdot,
+)  # fmt: skip
 
 ELSEWHERE = {
     "datasets": ("ImageSet", "text_queries", "load_splits", "split_classes", "load_published"),
@@ -140,7 +151,7 @@ def work_folder() -> Path:
 
 def cache_folder() -> Path:
     """Where drawn images and embeddings are kept; the environment variable GPNNS_CACHE moves it."""
-    return Path(os.environ.get("GPNNS_CACHE", work_folder() / ".cache"))
+    return Path(os.environ.get("GPNNS_CACHE") or work_folder() / ".cache").expanduser()
 
 
 class Progress:
@@ -191,9 +202,9 @@ def display_over(handle, thing):
 def write_atomically(path: Path, write: Callable) -> None:
     """Call `write(file)` on a temporary file and move it to `path`: a killed process never leaves half a file there. When
     writing fails, as on a full disk, the temporary file is removed, an earlier `path` stays, and OSError says so."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb") as file:
             write(file)
         os.replace(partial, path)
@@ -201,12 +212,14 @@ def write_atomically(path: Path, write: Callable) -> None:
         kept = "what was there before is still there" if path.exists() else "nothing was written"
         raise disk_error(path, error, kept) from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def disk_error(path: Path, error: Exception, kept: str) -> OSError:
     """The error to raise instead when writing failed: what happened and what is left."""
-    free = shutil.disk_usage(path.parent).free / 1e6
+    there = next(folder for folder in path.absolute().parents if folder.is_dir())
+    free = shutil.disk_usage(there).free / 1e6
     reason = " ".join(str(error).split())[:200]
     return OSError(f"could not write {path} ({reason}; {free:,.0f} MB free); {kept}. Free some space and run again")
 
@@ -254,13 +267,12 @@ def load_encoder(spec: str, device: torch.device | str | None = None) -> Encoder
     """
     from gpnns_utils import encoders
 
-    return encoders.load(spec, torch.device(device) if device else best_device())
+    return encoders.load(str(spec), torch.device(device) if device else best_device())
 
 
 # --- embeddings ------------------------------------------------------------------------------------------------------
 
 SHARD = 1024  # images per cache file: what a killed run can lose
-HALF = re.compile("[\ud800-\udfff]")  # half characters, as in names of files that are no UTF-8: no tokenizer takes them
 
 
 def embed_images(encoder: Encoder, images: ImageSet, batch_size: int = 128, cache: bool = True) -> Array:
@@ -275,6 +287,10 @@ def embed_images(encoder: Encoder, images: ImageSet, batch_size: int = 128, cach
     taken out of `images` (so rows stay aligned), listed in `images.left_out` and named in a warning. Raises ValueError
     when that leaves nothing, or when the encoder returns such a vector for a test picture too.
     """
+    if not hasattr(images, "left_out"):
+        raise ValueError(
+            f"images must be an ImageSet, not {type(images)}: load_images(folder), ImageSet('name', paths)"
+        )
     if len(images) == 0:
         raise ValueError(f"{images.name}: there are no images to embed")
 
@@ -314,9 +330,7 @@ def embed_texts(encoder: Encoder, texts: Sequence[str], batch_size: int = 256, c
     """
     if encoder.text_tower is None:
         raise ValueError(f"{encoder.name} encodes images only; for text, choose mini or an open_clip: encoder")
-    alone = isinstance(texts, str) or len(texts) == 0
-    if wrong := [texts] if alone else [text for text in texts if not isinstance(text, str) or HALF.search(text)]:
-        raise ValueError(f"texts must be a list of strings, one or more, not {wrong[0]!r}")
+    texts = check_texts(texts)
 
     def compute(rows: list[list[int]]):
         for batch in rows:
@@ -333,6 +347,8 @@ def embed_texts(encoder: Encoder, texts: Sequence[str], batch_size: int = 256, c
 
 def consecutive(count: int, size: int) -> list[list[int]]:
     """The rows 0 to count - 1 in batches of `size`."""
+    if not isinstance(size, (int, np.integer)) or size < 1:
+        raise ValueError(f"a batch holds 1 image or more, not {size!r}")
     return [list(range(start, min(start + size, count))) for start in range(0, count, size)]
 
 
@@ -341,6 +357,10 @@ def run_tower(encoder: Encoder, tower: Callable, batch) -> Array:
     precision = best_precision(encoder.device)
     with torch.inference_mode(), torch.autocast(encoder.device.type, precision, enabled=precision is not None):
         features = tower(batch).float().cpu().numpy()
+    if features.shape != (len(batch), encoder.dim):
+        raise ValueError(
+            f"{encoder.name} makes {features.shape} of {len(batch)} inputs, not ({len(batch)}, {encoder.dim})"
+        )
     with np.errstate(over="ignore", invalid="ignore"):
         squares = vecdot(features, features)
     fit, units = np.isfinite(squares) & (squares > 0), np.full(features.shape, np.inf, dtype=np.float32)
@@ -422,7 +442,7 @@ def search(
         return np.empty((0, k), np.float32), np.empty((0, k), np.int64)
     checked(gallery, "the gallery", metric, rows=slice(0, 0))  # its shape: rows are checked as they are read
     queries = checked(queries, "queries", metric, np.shape(gallery)[1])
-    check_k(k, len(gallery) - (own is not None), "gallery images")
+    k = check_k(k, len(gallery) - (own is not None), "gallery images")
     if bias is not None and (index is not None or metric not in ("cosine", "inner")):
         index_of = "build the index from with_bias(gallery, bias) and ask it with_bias(queries), metric='inner'"
         raise ValueError(f"a bias belongs to exact search with the metrics cosine and inner; else {index_of}")
@@ -500,7 +520,7 @@ def hub_bias(gallery: Array, references: Array, k: int = 128, alpha: float = 0.7
     references: queries that stand for those to come, such as training captions; never the queries one measures on.
     metric: cosine or inner. Raises ValueError for what cannot be used.
     """
-    if not np.isfinite(alpha) or alpha < 0:
+    if not isinstance(alpha, (int, float, np.number)) or not np.isfinite(alpha) or alpha < 0:
         raise ValueError(f"alpha={alpha} is not a share of the mean score; choose a number from 0 to about 1.5")
     return np.float32(alpha) * reference_means(gallery, references, [k], metric)[0]
 
@@ -515,8 +535,7 @@ def reference_means(gallery: Array, references: Array, ks: Sequence[int], metric
         raise ValueError(f"a bias and its references need the metric cosine or inner, not {metric!r}")
     checked(gallery, "the gallery", metric, rows=slice(0, 0))
     checked(references, "references", metric, np.shape(gallery)[1], slice(0, 0))
-    for k in ks:
-        check_k(k, len(references), "references")
+    ks = [check_k(k, len(references), "references") for k in ks]
     means = np.empty((len(ks), len(gallery)), np.float32)
     size = max(1, min(BLOCK, 2**22 // max(ks)))  # all scores of a block are held
     for first in range(0, len(gallery), size):
@@ -581,6 +600,9 @@ class Score:
 
     per_query: Array
 
+    def __post_init__(self):
+        self.per_query = np.asarray(self.per_query, dtype=float)
+
     @property
     def mean(self) -> float:
         return float(np.nanmean(self.per_query)) if np.isfinite(self.per_query).any() else float("nan")
@@ -590,6 +612,8 @@ class Score:
         succeed and fail together, so pass their labels as `clusters`, or the interval is too narrow."""
         from scipy.stats import bootstrap
 
+        if clusters is not None:
+            clusters = check_labels(clusters, len(self.per_query), "queries")
         there = np.isfinite(self.per_query)
         members = np.arange(len(there)) if clusters is None else np.unique(clusters, return_inverse=True)[1]
         totals, counts = np.bincount(members[there], self.per_query[there]), np.bincount(members[there])
@@ -604,15 +628,18 @@ class Score:
 
     def where(self, mask: Array) -> Score:
         """The same score over a part of the queries."""
-        return Score(self.per_query[mask])
+        return Score(self.per_query[row_numbers(mask, len(self.per_query), "the queries of a part")])
 
 
 def same_label(query_labels: Array, gallery_labels: Array) -> list[Array]:
     """For each query, the gallery rows that carry its label. Raises ValueError where there are no labels."""
     if query_labels is None or gallery_labels is None:
         raise ValueError(f"one of the two sets {importlib.import_module('gpnns_utils.datasets').NO_LABELS}")
+    query_labels = check_labels(query_labels, len(query_labels), "queries")
+    gallery_labels = check_labels(gallery_labels, len(gallery_labels), "gallery rows")
+    check_same_kind(query_labels, gallery_labels)
     order = np.argsort(gallery_labels, kind="stable")
-    ordered = np.asarray(gallery_labels)[order]
+    ordered = gallery_labels[order]
     starts, ends = np.searchsorted(ordered, query_labels, "left"), np.searchsorted(ordered, query_labels, "right")
     return [order[a:b] for a, b in zip(starts, ends, strict=True)]
 
@@ -635,6 +662,7 @@ def rank_relevant(
     queries = checked(queries, "queries", dim=gallery.shape[1])
     if ties not in ("group", "optimistic", "pessimistic"):
         raise ValueError(f"unknown rule for ties {ties!r}; choose group, optimistic or pessimistic")
+    relevant = relevant if isinstance(relevant, np.ndarray) else list(relevant)
     if len(relevant) != len(queries) or (leave_out is not None and len(leave_out) != len(queries)):
         raise ValueError(f"{len(queries)} queries need as many lists of relevant rows, and of rows to leave out")
     bias = 0 if bias is None else checked_bias(bias, len(gallery))
@@ -694,6 +722,8 @@ def mean_average_precision(ranks: Array, k: int | None = None, denominator: str 
     With k, only ranks up to k count, and tools divide by different things: "relevant" (r, pytorch-metric-learning and
     trec_eval), "min" (min(r, k), GLDv2 and UnED) or "hits" (those found, torchmetrics), which rewards finding less.
     """
+    if k is not None:
+        check_cut(k)
     number = np.isfinite(ranks).sum(axis=1)
     hits = np.tile(np.arange(1.0, ranks.shape[1] + 1), (len(ranks), 1))
     for j in range(ranks.shape[1] - 2, -1, -1):  # equal ranks count as found together
@@ -708,6 +738,7 @@ def mean_average_precision(ranks: Array, k: int | None = None, denominator: str 
 
 def recall_at_k(ranks: Array, k: int = 1) -> Score:
     """1 for a query with a relevant row among the first k, else 0 (R@k of the retrieval papers: "hit at k")."""
+    check_cut(k)
     return Score(np.where(np.isfinite(ranks[:, 0]), ranks[:, 0] <= k, np.nan))
 
 
@@ -725,14 +756,17 @@ def knn_accuracy(
 
     k=21 and 0.1 as in MCIP (2409.01936); DINO uses 0.07. k is cut to the size of the gallery.
     """
-    check_labels(query_labels, len(queries), "queries")
-    check_labels(gallery_labels, len(gallery), "gallery rows")
+    query_labels = check_labels(query_labels, len(queries), "queries")
+    gallery_labels = check_labels(gallery_labels, len(gallery), "gallery rows")
+    check_same_kind(query_labels, gallery_labels)
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature} weights no votes; choose a number above 0")
     scores, rows = search(queries, gallery, min(k, len(gallery)))
     classes, votes_for = np.unique(gallery_labels, return_inverse=True)
     weights = np.exp((scores - 1) / temperature)  # minus 1 changes no vote and keeps exp small
     votes = np.zeros((len(queries), len(classes)))
     np.add.at(votes, (np.arange(len(queries))[:, None], votes_for[rows]), weights)
-    return Score((classes[votes.argmax(axis=1)] == np.asarray(query_labels)).astype(float))
+    return Score((classes[votes.argmax(axis=1)] == query_labels).astype(float))
 
 
 def text_to_image_recall(texts: Array, images: Array, relevant: Sequence, k: int = 1) -> Score:
@@ -742,16 +776,23 @@ def text_to_image_recall(texts: Array, images: Array, relevant: Sequence, k: int
 
 def class_embeddings(encoder: Encoder, names: Sequence[str], templates: Sequence[str] = ("a photo of {}",)) -> Array:
     """One text embedding per class: the mean over prompt templates of unit embeddings, made unit again (CLIP, section 3.1)."""
-    texts = [template.format(name) for name in names for template in templates]
+    names, templates = check_texts(names, "names"), check_texts(templates, "templates")
+    if wrong := [template for template in templates if "{}" not in template]:
+        raise ValueError(f"a template holds {{}} where the name goes, and {wrong[0]!r} does not")
+    texts = [template.replace("{}", name) for name in names for template in templates]
     means = embed_texts(encoder, texts).reshape(len(names), len(templates), -1).mean(axis=1)
     return unit_rows(means, "class embeddings")
 
 
 def zero_shot_accuracy(images: Array, labels: Array, classes: Array) -> Score:
     """Accuracy of giving each image the class whose text embedding is nearest. labels: rows of `classes`."""
-    check_labels(labels, len(images), "images")
+    labels = check_labels(labels, len(images), "images")
+    if labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= len(classes):
+        raise ValueError(
+            f"labels are rows of the {len(classes)} classes, whole numbers from 0, not {labels.min()!r} to {labels.max()!r}"
+        )
     _, nearest = search(images, classes, k=1)
-    return Score((nearest[:, 0] == np.asarray(labels)).astype(float))
+    return Score((nearest[:, 0] == labels).astype(float))
 
 
 def hubness(
@@ -781,7 +822,7 @@ def result_row(
     low, high = score.interval(clusters)
     row = {"model": model, "task": task, "split": split, "group": group, "metric": metric}
     numbers = {"value": score.mean, "low": low, "high": high}
-    return row | {key: round(100 * number, 3) for key, number in numbers.items()} | {"seeds": 1}
+    return row | {key: round(100 * n, 3) if n == n else None for key, n in numbers.items()} | {"seeds": 1}
 
 
 def save_results(run: Run, notebook: str, rows: list[dict], headline: str) -> Path:
@@ -793,8 +834,13 @@ def save_results(run: Run, notebook: str, rows: list[dict], headline: str) -> Pa
     result = {"notebook": notebook, "profile": run.profile, "seconds": round(time.time() - run.started, 1)}
     result |= {"headline": headline, "environment": environment, "rows": rows}
     path = run.folder / f"{notebook}.json"
-    write_atomically(path, lambda file: file.write((json.dumps(result, indent=1) + "\n").encode()))
+    write_atomically(path, lambda file: file.write((json.dumps(result, indent=1, default=plain) + "\n").encode()))
     return path
+
+
+def plain(value) -> float | str:
+    """What JSON does not know: a number of numpy as Python's, anything else as text."""
+    return value.item() if isinstance(value, np.generic) else str(value)
 
 
 # --- pictures --------------------------------------------------------------------------------------------------------
@@ -816,14 +862,17 @@ def show_images(
     """A grid of images, titles and frame colors for each, a label per row: a JPEG, which keeps a notebook small."""
     import matplotlib.pyplot as plt
 
+    if not any(map(len, rows)):
+        raise ValueError("there are no images to show")
     columns = max(map(len, rows))
     margin = 0.1 * max([len(line) for label in labels for line in label.split("\n")], default=0)
     tall = size * (1.28 if titles else 1.05)
     width, height = columns * size + margin, len(rows) * tall
     figure = plt.figure(figsize=(width, height), layout="none")
     for i, row in enumerate(rows):
+        bottom = (len(rows) - 1 - i) * tall
         for j, image in enumerate(row):
-            left, bottom = margin + j * size, (len(rows) - 1 - i) * tall
+            left = margin + j * size
             box = np.array([left + 0.05 * size, bottom + 0.04 * size, 0.9 * size, 0.9 * size])
             axis = figure.add_axes(box / [width, height, width, height])
             axis.imshow(np.asarray(image))
@@ -859,7 +908,7 @@ def show_neighbors(
     Right neighbours have a green frame and a check mark, wrong ones a red frame and a cross.
     """
     texts = [re.sub(" (with|and) ", r"\n\1 ", query) if isinstance(query, str) else "" for query in queries]
-    form = "{} bits" if scores is not None and scores.dtype.kind != "f" else "{:.2f}"
+    form = "{} bits" if scores is not None and np.asarray(scores).dtype.kind != "f" else "{:.2f}"
     lines, titles, frames = [], [], []
     for i, query in enumerate(queries):
         judged = [None] * len(rows[i]) if right is None else right[i]
@@ -897,16 +946,21 @@ def show_table(rows: Sequence[dict], caption: str = "", best: Sequence[str] = ()
     from IPython.display import HTML
 
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    top = {key: max((row[key] for row in rows if isinstance(row.get(key), (int, float))), default=None) for key in best}
+    best = [best] if isinstance(best, str) else best
+    numbers = {
+        key: [row[key] for row in rows if isinstance(row.get(key), (int, float, np.number)) and row[key] == row[key]]
+        for key in best
+    }
+    top = {key: max(values) for key, values in numbers.items() if values}
 
     def cell(row: dict, column: str) -> str:
         value = row.get(column)
-        text = "" if value is None else html.escape(str(value))
-        text = f"{value:.1f}" if isinstance(value, (float, np.floating)) else text
+        text = "" if value is None or value != value else html.escape(str(value))
+        text = f"{value:.1f}" if isinstance(value, (float, np.floating)) and value == value else text
         text = f"<b>{text}</b>" if column in top and value == top[column] else text
         return f"<td style='text-align:{'left' if isinstance(value, str) else 'right'}'>{text}</td>"
 
-    head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
+    head = "".join(f"<th>{html.escape(str(column))}</th>" for column in columns)
     body = "".join("<tr>" + "".join(cell(row, column) for column in columns) + "</tr>" for row in rows)
     return HTML(f"<table><caption>{html.escape(caption)}</caption><tr>{head}</tr>{body}</table>")
 

@@ -7,6 +7,7 @@ what a file is -> reading -> unwrapping -> names -> writing
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import warnings
@@ -31,6 +32,8 @@ def not_a_checkpoint(path: Path) -> str | None:
             ", ".join(files[:4]) or "it holds none (DeepSpeed's zero_to_fp32.py, and torch's dcp_to_torch, write one)"
         )
         return f"is a folder; name the file in it: {named}"
+    if not path.is_file():
+        return "is no regular file: name a file of weights"
     with open(path, "rb") as file:
         start = file.read(200)
     if not start:
@@ -85,7 +88,7 @@ def read_state(path: str | Path) -> dict[str, torch.Tensor]:
     if found := not_a_checkpoint(path):
         raise ValueError(f"{path} {found}")
     try:  # not by timm: its older versions fall back to pickles that can run code, and none maps large files
-        if path.suffix == ".safetensors":
+        if is_safetensors(path):
             state = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -93,7 +96,7 @@ def read_state(path: str | Path) -> dict[str, torch.Tensor]:
         raise
     except Exception as error:
         # torch's own words advise to run the file's code; safetensors' say what is wrong
-        reason = str(error) if path.suffix == ".safetensors" else type(error).__name__
+        reason = str(error) if is_safetensors(path) else type(error).__name__
         if code := re.search(r"(?:global: GLOBAL|unsupported GLOBAL|class) ([\w.]+)", str(error)):
             raise ValueError(
                 f"{path} is not a readable checkpoint of plain tensors: it also holds {code[1]}, and such objects "
@@ -104,7 +107,23 @@ def read_state(path: str | Path) -> dict[str, torch.Tensor]:
             f"{path} is not a readable checkpoint of plain tensors ({reason}): it is damaged, cut off, or of another kind. "
             "Fetch or write it again"
         ) from error
-    return unwrapped(state, path)
+    state = unwrapped(state, path)
+    for key, value in state.items():
+        if value.layout != torch.strided or value.is_quantized or value.is_meta:
+            kind = "quantised" if value.is_quantized else "without content (meta)" if value.is_meta else "sparse"
+            raise ValueError(
+                f"{path}: {key} is {kind}; save the model with plain tensors, value.to_dense() or dequantize()"
+            )
+    return state
+
+
+def is_safetensors(path: Path) -> bool:
+    """By its bytes, whatever its name: the length of a JSON header, then the header. Of a damaged file, by its name."""
+    with open(path, "rb") as file:
+        start = file.read(9)
+    if start[:2] == b"PK" or start[:1] == b"\x80":  # zip, or a pickle
+        return False
+    return start[8:9] == b"{" or path.suffix.lower() == ".safetensors"
 
 
 # --- unwrapping ------------------------------------------------------------------------------------------------------
@@ -200,14 +219,21 @@ def plain_names(state: dict[str, torch.Tensor], path: str | Path) -> dict[str, t
 
 
 def checkpoint_settings(path: str | Path) -> dict:
-    """What `save_checkpoint` noted in the file itself; {} for no file and for any other file."""
-    if Path(path).suffix != ".safetensors":
+    """What `save_checkpoint` noted in the file itself; {} for any other file."""
+    path = Path(path).expanduser()
+    if not path.is_file() or not is_safetensors(path):
         return {}
-    with safe_open(Path(path).expanduser(), "pt") as file:
-        return json.loads((file.metadata() or {}).get("gpnns", "{}"))
+    with safe_open(path, "pt") as file:
+        noted = (file.metadata() or {}).get("gpnns", "{}")
+    with contextlib.suppress(ValueError):
+        return found if isinstance(found := json.loads(noted), dict) else {}
+    return {}
 
 
-def save_weights(module: torch.nn.Module, path: Path, metadata: dict[str, str] | None = None) -> None:
-    """A module's state dict as safetensors, atomically."""
-    state = {key: value.detach().cpu().clone().contiguous() for key, value in module.state_dict().items()}
+def save_weights(
+    module: torch.nn.Module, path: Path, metadata: dict[str, str] | None = None, without: str = ""
+) -> None:
+    """A module's state dict as safetensors, atomically; `without` the tensors whose names begin so."""
+    state = {key: value for key, value in module.state_dict().items() if not (without and key.startswith(without))}
+    state = {key: value.detach().cpu().clone().contiguous() for key, value in state.items()}
     gu.write_atomically(path, lambda file: file.write(safetensors_bytes(state, metadata)))

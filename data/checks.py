@@ -6,12 +6,14 @@ wrong with it, and what to do.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 Array = np.ndarray
+HALF = re.compile("[\ud800-\udfff]")
 # numpy before 2, which Kaggle has installed, lacks it.
 vecdot = getattr(np, "vecdot", None) or (lambda a, b: np.einsum("nd,nd->n", a, b))
 
@@ -87,12 +89,44 @@ def row_numbers(rows: Sequence, size: int, what: str, none: bool = False) -> Arr
     return rows[rows >= 0] if none else rows
 
 
-def check_k(k: int, available: int, what: str) -> None:
-    if not isinstance(k, (int, np.integer)) or not 1 <= k <= available:
+def check_k(k: int, available: int, what: str) -> int:
+    """The number of neighbours as an int."""
+    if available < 1:
+        raise ValueError(f"there are no other {what} to find; two or more are needed")
+    if not isinstance(k, (int, np.integer)) or isinstance(k, bool) or not 1 <= k <= available:
         raise ValueError(f"k={k} neighbours cannot be found among {available} {what}; choose k from 1 to {available}")
+    return int(k)
 
 
-def check_labels(labels: Sequence, count: int, what: str) -> None:
-    """ValueError unless there is one label for each; numpy would stretch a single one, and leave the rest of more unused."""
+def check_cut(k) -> None:
+    """Where a ranking is cut, for a score."""
+    if not isinstance(k, (int, np.integer)) or isinstance(k, bool) or k < 1:
+        raise ValueError(f"a ranking is cut at k = 1 or later, not at {k!r}")
+
+
+def check_labels(labels: Sequence, count: int, what: str) -> Array:
+    """One label for each, as an array; numpy would stretch a single one, and leave the rest of more unused."""
     if np.shape(labels) != (count,):
         raise ValueError(f"{count} {what} need as many labels, not {' x '.join(map(str, np.shape(labels))) or labels}")
+    labels = np.asarray(labels)
+    if labels.dtype.kind not in "iufbUS":
+        raise ValueError(f"the labels of {count} {what} must be numbers or texts, not {labels.dtype}, such as None")
+    return labels
+
+
+def check_same_kind(one: Array, other: Array) -> None:
+    """Labels that can be equal: a 1 is never the text "1"."""
+    if (one.dtype.kind in "US") != (other.dtype.kind in "US"):
+        raise ValueError(
+            f"labels of {one.dtype} and of {other.dtype} are never equal; give both as texts, or both as numbers"
+        )
+
+
+def check_texts(texts: Sequence[str], what: str = "texts") -> list[str]:
+    """A list of strings, from any sequence or generator of them. A single string is no list; half characters, as in names
+    of files that are no UTF-8, are no text: no tokenizer takes them."""
+    listed = [] if texts is None or isinstance(texts, str) else list(texts)
+    wrong = [text for text in listed if not isinstance(text, str) or HALF.search(text)]
+    if wrong or not listed:
+        raise ValueError(f"{what} must be a list of strings, one or more, not {(wrong or [texts])[0]!r}")
+    return listed

@@ -92,13 +92,22 @@ class ImageSet:
             raise ValueError(
                 f"{self.name}: an array of images is uint8 (n, height, width, 3), not {self.images.dtype} {self.images.shape}"
             )
+        if not isinstance(self.images, np.ndarray) and (
+            wrong := [image for image in self.images if not isinstance(image, (str, Path))]
+        ):
+            raise ValueError(
+                f"{self.name}: images are paths, or one uint8 array (n, height, width, 3), not {type(wrong[0])}"
+            )
         self.rows = np.arange(len(self)) if self.rows is None else self.rows
+        self.names = list(self.names)
         for part in PER_IMAGE[1:]:
             values = getattr(self, part)
             if isinstance(values, str) or (values is not None and len(values) != len(self)):
                 raise ValueError(f"{self.name}: {part} needs one entry for each of {len(self)} images")
         if self.labels is not None:
-            self.labels = np.asarray(self.labels)
+            self.labels = np.asarray(self.labels) if len(self) else np.empty(0, dtype=np.int64)
+            if self.labels.ndim != 1:
+                raise ValueError(f"{self.name}: labels are one number for each image, not an array {self.labels.shape}")
             if self.labels.dtype.kind not in "iu" or (len(self) and self.labels.min() < 0):
                 raise ValueError(
                     f"{self.name}: labels are class numbers from 0, not {self.labels.dtype} such as {self.labels[0]!r}; "
@@ -106,8 +115,11 @@ class ImageSet:
                 )
             if self.names and len(self) and self.labels.max() >= len(self.names):
                 raise ValueError(f"{self.name}: label {self.labels.max()} has no name; there are {len(self.names)}")
+        self.groups = None if self.groups is None else np.asarray(self.groups)
+        self.crops = None if self.crops is None else np.asarray(self.crops)
         if self.captions is not None:
-            self.captions = [[one] if isinstance(one, str) else list(one or []) for one in self.captions]
+            listed = [one if isinstance(one, (list, tuple)) else [] if one is None else [one] for one in self.captions]
+            self.captions = [list(one) for one in listed]
             if wrong := [one for some in self.captions for one in some if not isinstance(one, str)]:
                 raise ValueError(f"{self.name}: captions are lists of strings for each image, not {wrong[0]!r}")
 
@@ -139,9 +151,10 @@ class ImageSet:
             if isinstance(self.images, np.ndarray):
                 content = image.tobytes() + str(image.shape).encode()
             else:
+                check_regular(image)
                 crop = "" if self.crops is None else repr(self.crops[row].tolist())
                 content = Path(image).read_bytes() + crop.encode()
-        except OSError:
+        except (OSError, ValueError):
             content = b"unreadable " + os.fsencode(image)
         return hashlib.blake2b(content, digest_size=16).digest()
 
@@ -184,22 +197,40 @@ def text_queries(images: ImageSet) -> tuple[list[str], list[np.ndarray]]:
 
 
 def open_image(path: Path, crop: Sequence[int] | None = None) -> Image.Image:
-    """Read an image as RGB: turned upright as its EXIF data say, transparent parts on white, 16 bits cut to 8.
+    """Read an image as RGB: turned upright as its EXIF data say, transparent parts on white, 16 bits and shares cut to 8.
 
     crop: a box as in `ImageSet.crops`, in the pixels of the file.
     """
+    check_regular(path)
     with Image.open(path) as image:
         if crop is not None:
             left, top, right, bottom = (int(edge) for edge in crop)
             right, bottom = right + image.width * (right < 1), bottom + image.height * (bottom < 1)
             image = image.crop((left, top, min(right, image.width), min(bottom, image.height)))
         image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):
-            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+        if image.mode[0] in "IF":
+            image = eight_bits(np.asarray(image))
         if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA"):
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
+
+
+def eight_bits(values: np.ndarray) -> Image.Image:
+    """Gray values as 8 bits: of 16 bits, of 8 in wider numbers, or from 0 to 1. ValueError for others, such as heights."""
+    low, high = values.min(), values.max()
+    most = 1 if values.dtype.kind == "f" and high <= 1 else 255 if high <= 255 and values.itemsize > 2 else 65_535
+    if not 0 <= low <= high <= most or (values.dtype.kind == "f" and most > 1):
+        raise ValueError(f"its values go from {low} to {high}; save it with 8 or 16 bits")
+    return Image.fromarray(
+        (values * (255 / most)).astype(np.uint8) if most <= 255 else (values // 257).astype(np.uint8)
+    )
+
+
+def check_regular(path: Path) -> None:
+    """ValueError for what only looks like a file: a pipe would be waited on for ever."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError(f"{path} is no regular file")
 
 
 # --- reading with several processes ----------------------------------------------------------------------------------
@@ -420,6 +451,8 @@ def load(source: str | Path, split: str = "test") -> ImageSet:
     Raises FileNotFoundError for what is nowhere, ValueError for what cannot be understood.
     """
     notes = []
+    if not str(source).strip():
+        raise ValueError("name the images: mini, a data set, a folder or a table ('.' is the current folder)")
     parts = [part.strip().partition(":") for part in str(source).split(" + ")]
     if str(source) == "mini":
         from gpnns_utils import mini_world
@@ -1529,6 +1562,8 @@ def unpack(archive: Path, target: Path, nested: bool = False) -> None:
     Where the archive holds something named like `target` at its top, that becomes `target`, else all of it. ValueError,
     with nothing written, for an archive that is damaged or tries to write elsewhere: absolute paths, `..`, links.
     """
+    if not archive.is_file():
+        raise FileNotFoundError(f"there is no archive {archive}")
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.unpacking")
     shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed

@@ -54,6 +54,7 @@ class Encoder:
     dim: int = field(init=False)
 
     def __post_init__(self):
+        self.device = torch.device(self.device)
         probe = self.probe()
         self.image_size, self.dim = probe.shape[-1], self.features(self.image_tower, probe[None]).shape[-1]
 
@@ -154,7 +155,7 @@ def load(spec: str, device: torch.device) -> Encoder:
     Raises ValueError for an unknown name or weights that do not fit, FileNotFoundError for a missing file, OSError
     when weights cannot be downloaded.
     """
-    name, _, checkpoint = spec.strip().partition("@")
+    name, at, checkpoint = spec.strip().partition("@")
     kind, _, rest = name.partition(":")
     if kind not in BUILDERS or bool(rest) == (kind in ALONE):
         raise ValueError(
@@ -164,18 +165,23 @@ def load(spec: str, device: torch.device) -> Encoder:
     if openai := re.fullmatch(r"open_clip:(ViT-[BL]|RN50x\d+|RN\d+)/?(\d\d)?(@336px)?", spec):
         known = "-".join(filter(None, [*openai.groups()[:2], openai[3] and "336"]))
         raise ValueError(f"{spec!r} is OpenAI's own name for a model that is here open_clip:{known}/openai")
+    if at and not checkpoint:
+        raise ValueError(f"{spec!r} names no file behind its @")
     state, settings = None, {}
     if checkpoint:
         state, settings = gu.checkpoints.read_state(checkpoint), gu.checkpoints.checkpoint_settings(checkpoint)
         settings |= {"squash": True} if gu.checkpoints.from_guie(state) else {}
         state = gu.checkpoints.plain_names(state, checkpoint)
     head = state.pop(gu.checkpoints.HEAD, None) if state else None
+    if head is not None and (head.ndim != 2 or 0 in head.shape):
+        raise ValueError(f"{checkpoint}: {gu.checkpoints.HEAD} has shape {tuple(head.shape)}, not (numbers, features)")
     encoder = BUILDERS[kind](spec, rest or kind, state, device)
     encoder.origin["encoder"] = name
-    if settings.get("squash"):
+    if settings.get("squash") is True:
         encoder = squashed(encoder)
-    if head is not None or settings.get("before_projection"):
-        encoder = add_head(encoder, None if head is None else len(head), settings.get("before_projection", False))
+    before = settings.get("before_projection") is True
+    if head is not None or before:
+        encoder = add_head(encoder, None if head is None else len(head), before)
     if head is not None:
         fill(encoder.model.embedding_head, {"linear.weight": head}, spec)
     encoder.name = name.partition("?")[0] + (f"@{Path(checkpoint).stem}" if checkpoint else "")
@@ -222,6 +228,8 @@ def build_pixels(spec: str, name: str, state: dict | None, device: torch.device)
     """The baseline without a model: a 16 x 16 thumbnail's colors minus their mean."""
     from torchvision import transforms
 
+    if state is not None:
+        raise ValueError(f"{spec!r}: pixels is no model and takes no weights from a file")
     shrink = transforms.Compose([transforms.Resize((16, 16)), transforms.ToTensor()])
     return Encoder(spec, shrink, lambda batch: (batch - batch.mean((1, 2, 3), keepdim=True)).flatten(1), device=device)
 
@@ -312,19 +320,40 @@ def build_timm(spec: str, name: str, state: dict | None, device: torch.device) -
     if state is None and not elsewhere and not any(one.split(".")[0] == name.split(".")[0] for one in known[1]):
         similar = gu.datasets.suggest(name, known[1])
         raise ValueError(f"timm has no weights for {name!r}; a file of your own goes behind an @{similar}")
+    if (
+        ours := {"pretrained", "num_classes", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay"}
+        & settings.keys()
+    ):
+        raise ValueError(f"{spec!r}: {', '.join(sorted(ours))} cannot be set here; weights of a file go behind an @")
     overlay = {key: settings.pop(key) for key in ("mean", "std", "crop_pct", "interpolation") if key in settings}
+    numbers = {key: value for key, value in overlay.items() if key != "interpolation"}
+    if wrong := [
+        key
+        for key, value in numbers.items()
+        if isinstance(value, str) or not 0 <= value < 10 or (key != "mean" and not value)
+    ]:
+        raise ValueError(f"{spec!r}: {wrong[0]}={overlay[wrong[0]]} is not a number that pictures are prepared with")
     overlay.update({key: (overlay[key],) * 3 for key in ("mean", "std") if key in overlay})
     settings |= {"pretrained": state is None, "num_classes": 0, "pretrained_cfg_overlay": overlay}
     try:
         model = timm.create_model(name, **settings)
     except (OSError, RuntimeError) as error:
         raise OSError(offline_message(spec, error)) from error
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+        if not query:
+            raise
+        raise ValueError(
+            f"{spec!r}: timm cannot build it with these settings ({type(error).__name__}: {error})"
+        ) from error
     if state is not None:
         names = model.pretrained_cfg.get("classifier") or ()  # of the layers that an encoder does without
         classifier = tuple(f"{name}." for name in ((names,) if isinstance(names, str) else names))
         fill(model, {key: value for key, value in state.items() if not key.startswith(classifier)}, spec)
     model = model.to(device).eval()
-    preprocess = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+    try:
+        preprocess = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{spec!r}: timm knows no such preparation ({type(error).__name__}: {error})") from error
     return Encoder(spec, preprocess, model, device=device, model=model)
 
 
@@ -387,13 +416,19 @@ def build_gpnns(spec: str, name: str, state: dict | None, device: torch.device) 
             raise ValueError(
                 f"{spec}: not in the GP-NNS release format, 'backbone.{key}' is missing; it has {', '.join(list(state)[:3])} ..."
             )
-    width, _, patch, _ = state["conv1.weight"].shape
+    patches, positions = state["conv1.weight"], state["positional_embedding"]
+    layers = len({key.split(".")[2] for key in state if key.startswith("transformer.resblocks.")})
+    if patches.ndim != 4 or 0 in patches.shape or positions.ndim != 2 or not is_grid(len(positions)) or not layers:
+        raise ValueError(
+            f"{spec}: no image tower of a ViT; conv1.weight is {tuple(patches.shape)}, positional_embedding "
+            f"{tuple(positions.shape)}, and there are {layers} layers"
+        )
+    width, _, patch, _ = patches.shape
     if {"ViT-B": 768, "ViT-L": 1024}.get(name, width) != width:
         raise ValueError(
-            f"{spec}: the file holds a model of width {width}, which is not a {name}; write gpnns:{'ViT-B' if width == 768 else 'ViT-L'}@..."
+            f"{spec}: the file holds a model of width {width}, which is not a {name} (ViT-B has 768, ViT-L 1024)"
         )
-    size = patch * round((len(state["positional_embedding"]) - 1) ** 0.5)
-    layers = len({key.split(".")[2] for key in state if key.startswith("transformer.resblocks.")})
+    size = patch * round((len(positions) - 1) ** 0.5)
     heads, activation = max(1, width // 64), open_clip.transformer.QuickGELU  # CLIP's heads are 64 wide
     tower = open_clip.transformer.VisionTransformer(size, patch, width, layers, heads, 4.0, act_layer=activation)
     tower.proj = None
@@ -406,6 +441,11 @@ def build_gpnns(spec: str, name: str, state: dict | None, device: torch.device) 
     ])  # fmt: skip
     tower = tower.to(device).eval()
     return Encoder(spec, preprocess, tower, device=device, model=tower)
+
+
+def is_grid(positions: int) -> bool:
+    """Whether so many positions are a class token and a square of patches."""
+    return positions > 1 and round((positions - 1) ** 0.5) ** 2 == positions - 1
 
 
 BUILDERS = {
@@ -444,12 +484,16 @@ def save_checkpoint(encoder: Encoder, path: str | Path, /, **about) -> Path:
     if encoder.model is None:
         raise ValueError(f"{encoder.name} has no weights to save")
     path = Path(path).expanduser()
+    if not path.name:
+        raise ValueError(f"{str(path)!r} is no name of a file")
     path = path if path.suffix == ".safetensors" else path.with_name(path.name + ".safetensors")
     about = about | {**encoder.origin, "dim": encoder.dim, "image_size": encoder.image_size}
-    gu.checkpoints.save_weights(encoder.model, path, {"gpnns": json.dumps(about)})
+    heads = "" if encoder.origin.get("head") else "embedding_head."  # a head that another encoder of this model has
+    gu.checkpoints.save_weights(encoder.model, path, {"gpnns": json.dumps(about, default=gu.plain)}, without=heads)
     about["load"] = f"load_encoder('{encoder.origin.get('encoder', encoder.name)}@{path.name}')"
     gu.write_atomically(
-        path.with_suffix(".json"), lambda file: file.write((json.dumps(about, indent=1) + "\n").encode())
+        path.with_suffix(".json"),
+        lambda file: file.write((json.dumps(about, indent=1, default=gu.plain) + "\n").encode()),
     )
     return path
 
@@ -463,6 +507,11 @@ def fill(model: torch.nn.Module, state: dict[str, torch.Tensor], spec: str) -> N
     problems += [f"{key} is not part of the model" for key in state if key not in own]
     shapes = {key: (tuple(state[key].shape), tuple(own[key].shape)) for key in own if key in state}
     problems += [f"{key} has shape {given}, not {wanted}" for key, (given, wanted) in shapes.items() if given != wanted]
+    problems += [
+        f"{key} holds {state[key].dtype}, no weights in floating point (dequantise them first)"
+        for key in shapes
+        if own[key].is_floating_point() and not state[key].is_floating_point()
+    ]
     if problems:
         shown = "; ".join(problems[:3]) + (f" and {len(problems) - 3} more" if len(problems) > 3 else "")
         raise ValueError(f"the weights of {spec} do not fit its architecture: {shown}")
@@ -477,7 +526,9 @@ def open_clip_names(model: torch.nn.Module, state: dict[str, torch.Tensor], spec
     from open_clip import model as models
     from open_clip.convert import convert_state_dict
 
-    own, state = model.state_dict(), convert_state_dict(model, dict(state))
+    own, state = model.state_dict(), dict(state)
+    with contextlib.suppress(AttributeError, KeyError, RuntimeError):  # names of MobileCLIP for a model that is none
+        state = convert_state_dict(model, state)
     if "positional_embedding" in state and "positional_embedding" not in own:  # CLIP's names; this model has a `text`
         state = models.convert_to_custom_text_state_dict(state)
     for key in ("logit_scale", "logit_bias"):
@@ -494,7 +545,16 @@ def open_clip_names(model: torch.nn.Module, state: dict[str, torch.Tensor], spec
         if key not in own or key not in state or own[key].shape == state[key].shape:
             continue
         before = tuple(state[key].shape)
-        if before[1:] == tuple(own[key].shape[1:]):  # as many numbers for each position; else no size would help
+        grids = not key.startswith("visual.") or is_grid(before[0]) if before else False
+        # As many numbers for each position, and a square of patches; else no other size would help.
+        if (
+            before
+            and before[0]
+            and grids
+            and before[1:] == tuple(own[key].shape[1:])
+            and state[key].is_floating_point()
+        ):
+            state[key] = state[key].float()  # the CPU resizes no half precision
             resize(state, model)
             warnings.warn(
                 f"{spec}: {key} was trained for {before[0]} positions and is resized to {len(own[key])}, as open_clip does; "
@@ -534,6 +594,9 @@ def add_head(encoder: Encoder, dim: int | None = None, before_projection: bool =
     The result has no text tower: its images no longer live where texts do.
     """
     model, tower, width = encoder.model, encoder.image_tower, encoder.dim
+    if dim is not None and (not isinstance(dim, (int, np.integer)) or isinstance(dim, bool) or dim < 1):
+        raise ValueError(f"a head gives 1 number or more, not {dim!r}; None for no head")
+    dim = None if dim is None else int(dim)
     if model is None:
         raise ValueError(f"{encoder.name} has no weights, so a head cannot be trained with it")
     if hasattr(model, "embedding_head"):

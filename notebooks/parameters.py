@@ -6,6 +6,7 @@ parameter becomes what its default is: text, a whole number, a number, yes or no
 
 import contextlib
 import math
+import re
 
 import yaml
 
@@ -32,7 +33,11 @@ def take_parameters(notebook: str, given: dict) -> dict:
     files = {path.stem: path for path in sorted(folder.glob("*.yml"))}
     defaults = read_profile(files["mini"], notebook)
     taken = {name: taken_as(default, given[name], name) for name, default in defaults.items()}
-    profile = taken_as("mini", given["profile"], "profile")
+    profile = taken_as("mini", given["profile"], "profile").strip()
+    if not re.fullmatch(r"\w[\w. -]*", profile):
+        raise ValueError(
+            f"profile names the folder of results, runs/{profile}: letters, digits, - and _, not {profile!r}"
+        )
     if profile not in files:
         print(f"profile {profile}: a name for results only; with parameters of their own: {', '.join(files)}")
         return taken | {"profile": profile}
@@ -68,8 +73,8 @@ def taken_as(default, value, name: str):
         raise ValueError(f"{name} must be 1 or more, not {value}")
     if short in SHARES and (value > 1 or (value < 0 and short != "alpha")):
         raise ValueError(f"{name} is a share from 0 to 1, not {value}")
-    if isinstance(default, (int, float)) and value < 0 and short != "alpha":
-        raise ValueError(f"{name} must not be negative, and is {value}")
+    if isinstance(default, (int, float)) and short != "alpha" and not 0 <= value < 2**32:
+        raise ValueError(f"{name} must be from 0 to {2**32 - 1}, not {value}")
     return value
 
 

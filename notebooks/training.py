@@ -8,6 +8,7 @@ the margin -> data -> what is trained -> the loop -> several processes -> its pa
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 import socket
@@ -86,6 +87,8 @@ class ArcMargin(torch.nn.Module):
                 f"margin={margin} is no angle in radians from 0 to {np.pi / 2:.2f}; 20 degrees are {np.radians(20):.2f}, and "
                 "papers have 0.1 to 0.5"
             )
+        if not 0 < scale < math.inf:
+            raise ValueError(f"scale={scale} sharpens no softmax; papers have 20 to 64")
         if start is not None and np.shape(start) != (classes, dim):
             raise ValueError(f"start has the shape {np.shape(start)}, not ({classes}, {dim})")
         self.dim, self.classes, self.scale, self.centers, self.sampled = dim, classes, scale, centers, sampled
@@ -99,6 +102,8 @@ class ArcMargin(torch.nn.Module):
         self.register_buffer("draws", torch.zeros((), dtype=torch.int64))
 
     def forward(self, embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        if ((labels < 0) | (labels >= self.classes)).any():
+            raise ValueError(f"labels go from 0 to {self.classes - 1} here, not {labels.min()} to {labels.max()}")
         with torch.autocast(embeddings.device.type, enabled=False):  # half precision would round the margin away
             margin = self.margin[labels] if self.margin.ndim else self.margin
             proxies = self.proxies
@@ -256,6 +261,8 @@ def image_parameters(
     embeddings count as the lowest). Biases and norms do not decay. A head of `add_head` is not among them: it is new,
     and learns at a rate of its own.
     """
+    if encoder.model is None:
+        raise ValueError(f"{encoder.name} has no weights to train")
     tower = getattr(encoder.model, "visual", encoder.model)
     skipped = ("embedding_head", "proj") if encoder.origin.get("before_projection") else ("embedding_head",)
     trunk = getattr(tower, "trunk", tower)  # open_clip keeps timm's models in `trunk`
@@ -346,6 +353,7 @@ def fit(
     Raises ValueError for settings that cannot work, FloatingPointError when the loss is not finite, OSError when a
     checkpoint cannot be written or nodes do not share `folder`; earlier checkpoints stay.
     """
+    check_settings(groups, epochs, clip, ema)
     accelerator = start_accelerator(objective, accumulate)
     per_epoch = steps_per_epoch(accelerator, dataset, batch_size)
     steps = max(1, round(epochs * per_epoch))
@@ -353,8 +361,12 @@ def fit(
     groups = freeze_the_rest(objective, groups)
     settings = [steps, batch_size, accumulate, warmup, lr_min, clip, ema, seed, validate_every]
     settings += [accelerator.mixed_precision, None if balance is None else np.asarray(balance).tolist()]
+    if not 0 <= warmup <= steps:
+        raise ValueError(f"warmup={warmup} steps do not fit into {steps}; shorten it, or train longer")
     repeatable = Repeatable(dataset, seed)
-    folder = Path(folder) / training_key(objective, repeatable, groups, settings, accelerator.process_index)
+    folder = Path(folder).expanduser() / training_key(
+        objective, repeatable, groups, settings, accelerator.process_index
+    )
     check_shared(accelerator, folder)
 
     optimizer = torch.optim.AdamW(groups)
@@ -420,6 +432,19 @@ def fit(
         gu.encoders.fill(objective, average.module.state_dict(), str(folder))
     objective.eval()
     return log
+
+
+def check_settings(groups: list[dict], epochs: float, clip: float, ema: float | None) -> None:
+    """ValueError for settings that would train nothing, or away from the goal."""
+    rates = [group.get("lr") for group in groups]
+    if wrong := [rate for rate in rates if not isinstance(rate, (int, float)) or not 0 <= rate < math.inf]:
+        raise ValueError(f"a learning rate is a number from 0, not {wrong[0]!r}")
+    if not 0 < epochs < math.inf:
+        raise ValueError(f"epochs={epochs} trains nothing; choose a number above 0")
+    if not clip > 0:
+        raise ValueError(f"clip={clip} leaves no gradient; choose a number above 0, or math.inf for no limit")
+    if ema and not 0 < ema < 1:
+        raise ValueError(f"ema={ema} averages no weights; choose a decay between 0 and 1, such as 0.999, or None")
 
 
 # --- several processes -----------------------------------------------------------------------------------------------

@@ -116,7 +116,7 @@ def test_a_parameter_is_taken_as_what_its_default_is(notebook, name, given, valu
         ("01_search_images", "k", 2.5, "k must be a whole number"),
         ("01_search_images", "k", 0, "k must be 1 or more, not 0"),
         ("01_search_images", "k", True, "k must be a whole number, not True"),
-        ("01_search_images", "seed", -1, "seed must not be negative, and is -1"),
+        ("01_search_images", "seed", -1, "seed must be from 0 to 4294967295, not -1"),
         ("02_benchmark_encoders", "encoders", "", "encoders names nothing"),
         ("02_benchmark_encoders", "encoders", None, "encoders must be text, not None"),
         ("05_average_soups", "checkpoints", '["a", "b"', 'checkpoints must be a list such as \\["one", "two"\\]'),
