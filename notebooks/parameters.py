@@ -73,7 +73,7 @@ def taken_as(default, value, name: str):
         raise ValueError(f"{name} must be 1 or more, not {value}")
     if short in SHARES and (value > 1 or (value < 0 and short != "alpha")):
         raise ValueError(f"{name} is a share from 0 to 1, not {value}")
-    if isinstance(default, (int, float)) and short != "alpha" and not 0 <= value < 2**32:
+    if isinstance(default, int) and not 0 <= value < 2**32:
         raise ValueError(f"{name} must be from 0 to {2**32 - 1}, not {value}")
     return value
 

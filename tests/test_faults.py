@@ -710,7 +710,9 @@ def _(rng, folder):
 
 @fault("wrong encoding", "checkpoint")
 def _(rng, folder):
-    kind = pick(rng, (torch.float16, torch.bfloat16, torch.float64))
+    kind = pick(rng, (torch.float16, torch.bfloat16, torch.float64, torch.int8))
+    if kind == torch.int8:  # quantised without its scales
+        return checkpoint_case(save(rng, folder, {k: v.to(kind) for k, v in mini_weights().items()}), "dequantise")
     state = {key: value.to(kind) if value.is_floating_point() else value for key, value in mini_weights().items()}
     path = save(rng, folder, state)
     return lambda: weights(path), Value(
@@ -723,6 +725,22 @@ def _(rng, folder):
     prefix = pick(rng, ("", "module.", "_orig_mod."))
     state = {prefix + key: mini_weights()[key] for key in rng.permutation(list(mini_weights()))}
     return checkpoint_case(save(rng, folder, state))
+
+
+@fault("wrong type", "checkpoint's notes")
+def _(rng, folder):
+    """Notes of another program under our key are not ours."""
+    path = folder / "a.safetensors"
+    notes = pick(rng, ("not json", "[1, 2]", "null", "3", '{"before_projection": "yes"}', "{}"))
+    save_file(mini_weights(), path, metadata={"gpnns": notes})
+    return checkpoint_case(path)
+
+
+@fault("wrong shape", "checkpoint's head")
+def _(rng, folder):
+    head = pick(rng, (torch.zeros(()), torch.zeros(0, 128), torch.zeros(8), torch.zeros(8, 4)))
+    path = save(rng, folder, mini_weights() | {"embedding_head.linear.weight": head})
+    return checkpoint_case(path, "linear.weight has shape", str(tuple(head.shape)))
 
 
 @fault("too large", "checkpoint")
@@ -1072,6 +1090,124 @@ def _(rng, folder):
     return lambda: voted(q, np.zeros(8), g, np.zeros(6)), Refused("5 queries need as many labels, not 8")
 
 
+# --- classes by name ---
+
+
+@fault("wrong type", "classes")
+def _(rng, folder):
+    """Labels that can never be equal, or are no rows of the classes."""
+    q, g = vectors(rng, 5), vectors(rng, 6)
+    if rng.random() < 0.3:
+        return lambda: voted(q, [1] * 5, g, list("111222")), Refused("are never equal", "both as texts")
+    wrong = pick(rng, (list("abcde"), [0.5] * 5, [-1] * 5, [6] * 5, [True] * 5))
+    return lambda: gu.zero_shot_accuracy(q, wrong, g), Refused("labels are rows of the 6 classes")
+
+
+@fault("wrong shape", "classes")
+def _(rng, folder):
+    template = pick(rng, ("a photo", "a photo of %s", "a {thing}", "{0}"))
+    return lambda: gu.class_embeddings(mini(), ["dog", "cat"], [template]), Refused("a template holds {}", template)
+
+
+@fault("wrong encoding", "classes")
+def _(rng, folder):
+    """Braces in names are letters like others; names may come one by one."""
+    names = [f"a {{{color}}} vase" for color in rng.permutation(["red", "blue", "green"])]
+    expected = gu.embed_texts(mini(), [f"a photo of {name}" for name in names], cache=False)
+    return lambda: gu.class_embeddings(mini(), (name for name in names), ["a photo of {}"]), Value(expected)
+
+
+@fault("empty", "classes")
+def _(rng, folder):
+    names, templates, word = pick(rng, [([], ["{}"], "names"), (["a"], [], "templates"), ("dog", ["{}"], "names")])
+    return lambda: gu.class_embeddings(mini(), names, templates), Refused(f"{word} must be a list of strings")
+
+
+# --- gray pictures of many kinds, and what is no file ---
+
+
+@fault("wrong encoding", "gray picture")
+def _(rng, folder):
+    """Shares from 0 to 1, 8 bits in wide numbers, 16 bits; what could be anything, such as heights, is left out."""
+    gray = rng.integers(1, 256, (20, 20)).astype(np.uint8)
+    gray[0, 0], kind = 255, pick(rng, ("share", "wide", "sixteen", "heights", "negative"))
+    values = {
+        "share": gray.astype(np.float32) / 255,
+        "wide": gray.astype(np.int32),
+        "sixteen": gray.astype(np.uint16) * 257,
+        "heights": gray.astype(np.float32) * 20,
+        "negative": -gray.astype(np.int32),
+    }[kind]
+    file, other = folder / "a.tif", folder / "b.png"
+    Image.fromarray(values).save(file)
+    noise(rng).save(other)
+
+    def call():
+        images = gu.load_images(folder)
+        gu.embed_images(gu.load_encoder("pixels", "cpu"), images, cache=False)
+        return np.asarray(images[0])[:, :, 0] if len(images) == 2 else [Path(path).name for path in images.images]
+
+    if kind in ("heights", "negative"):
+        return call, Value(["b.png"], "1 of 2 images cannot be read", "a.tif")
+    return call, Value(np.floor(gray.astype(float)) if kind != "share" else np.floor(values * 255.0))
+
+
+@fault("wrong type", "pipe")
+def _(rng, folder):
+    """What waits for another program is no picture and no checkpoint; nobody waits with it."""
+    files = photos(rng, folder)
+    files[0].unlink()
+    os.mkfifo(files[0])
+    if rng.random() < 0.5:
+        return lambda: gu.load_checkpoint(files[0]), Refused(files[0].name, "is no regular file")
+    kept = [str(file) for file in files[1:]]
+    return lambda: embedded(folder)[0], Value(kept, "1 of 6 images cannot be read", files[0].name)
+
+
+# --- settings of a training ---
+
+
+@fault("wrong type", "settings")
+def _(rng, folder):
+    settings, words = pick(
+        rng,
+        [
+            ({"groups": [{"params": [], "lr": -1.0}]}, ("a learning rate is a number from 0", "-1.0")),
+            ({"groups": [{"params": [], "lr": "1e-5"}]}, ("a learning rate is a number from 0", "1e-5")),
+            ({"groups": [{"params": [], "lr": float("nan")}]}, ("a learning rate is a number from 0", "nan")),
+            ({"epochs": 0}, ("epochs=0", "above 0")),
+            ({"epochs": float("nan")}, ("epochs=nan", "above 0")),
+            ({"clip": 0.0}, ("clip=0.0", "above 0")),
+            ({"ema": 1.0}, ("ema=1.0", "between 0 and 1")),
+            ({"ema": float("nan")}, ("ema=nan", "between 0 and 1")),
+        ],
+    )
+    settings = {"groups": [{"params": [], "lr": 0.1}]} | settings
+    return lambda: gu.training.fit(None, None, folder, **settings), Refused(*words)
+
+
+@fault("wrong shape", "settings")
+def _(rng, folder):
+    arguments, words = pick(
+        rng,
+        [
+            ({"classes": 1}, ("at least two classes",)),
+            ({"margin": [0.1, 0.2]}, ("margin has the shape (2,)", "one for each of 5")),
+            ({"margin": 20}, ("is no angle in radians", "20 degrees are 0.35")),
+            ({"scale": 0}, ("scale=0", "20 to 64")),
+            ({"start": np.zeros((4, 8))}, ("start has the shape (4, 8), not (5, 8)",)),
+        ],
+    )
+    return lambda: gu.training.ArcMargin(**{"dim": 8, "classes": 5} | arguments), Refused(*words)
+
+
+@fault("too large", "settings")
+def _(rng, folder):
+    wrong, sampled = int(pick(rng, (-1, 5, 100))), pick(rng, (None, 2))
+    loss = gu.training.ArcMargin(8, 5, sampled=sampled)
+    return lambda: loss(torch.randn(2, 8), torch.tensor([0, wrong])), Refused("labels go from 0 to 4", str(wrong))
+
+
 # --- sets of images ---
 
 
@@ -1128,7 +1264,9 @@ def _(rng, folder):
 
 @fault("wrong type", "k")
 def _(rng, folder):
-    v, k = vectors(rng, 6), pick(rng, (0, -1, 2.5, "3", None))
+    v, k = vectors(rng, 6), pick(rng, (0, -1, 2.5, "3", None, True, np.int64(3), np.int32(3)))
+    if isinstance(k, np.integer):
+        return lambda: gu.search(v, v, k), Value(by_search(v, v))
     return lambda: gu.search(v, v, k), Refused(f"k={k} neighbours cannot be found", "from 1 to 6")
 
 
@@ -1270,8 +1408,17 @@ def _(rng, folder):
 
 @fault("too large", "parameter")
 def _(rng, folder):
-    name, given = pick(rng, [("dimensions", 0), ("dimensions", -3), ("seed", -1), ("dimensions", float("inf"))])
+    name, given = pick(
+        rng, [("dimensions", 0), ("dimensions", -3), ("seed", -1), ("dimensions", float("inf")), ("seed", 10**20)]
+    )
     return parameter_case(name, given, Refused(f"{name} must"))
+
+
+@fault("broken", "profile")
+def _(rng, folder):
+    """A profile names a folder of results and leads nowhere else."""
+    given = pick(rng, ("", "..", "/tmp", "a/b", "../x", ".hidden"))
+    return parameter_case("profile", given, Refused("profile names the folder of results", repr(given)))
 
 
 # --- the campaign ---

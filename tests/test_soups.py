@@ -338,7 +338,7 @@ def test_the_challenges_measure_looks_no_further_than_there_is_something_to_find
     vectors = np.array([[0.0], [10], [0.1], [0.2], [0.3], [9], [30]])  # two queries, then a gallery
     labels = np.array([0, 1, 0, 2, 0, 1, 1])
     nb.challenge.__globals__.update(
-        half=np.array([False, False, True, True, True, True, True]), test=gu.ImageSet("x", [None] * 7, labels)
+        half=np.array([False, False, True, True, True, True, True]), test=gu.ImageSet("x", ["a.png"] * 7, labels)
     )
     # query 0 has two to find, of which one is among its first two; query 1 has two: the second lies farthest away
     assert nb.challenge(vectors).per_query.tolist() == [0.5, 0.5]
