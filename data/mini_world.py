@@ -80,9 +80,15 @@ class Canvas:
 
 def ellipse(x, y, width, height, turn=0.0, points=28) -> np.ndarray:
     """The outline of an ellipse with half axes width and height, as (points, 2)."""
-    angle = np.linspace(0, 2 * np.pi, points, endpoint=False)
-    dx, dy = width * np.cos(angle), height * np.sin(angle)
+    cos, sin = circle(points)
+    dx, dy = width * cos, height * sin
     return np.stack([x + dx * np.cos(turn) - dy * np.sin(turn), y + dx * np.sin(turn) + dy * np.cos(turn)], axis=1)
+
+
+@cache
+def circle(points: int) -> tuple[np.ndarray, np.ndarray]:
+    angle = np.linspace(0, 2 * np.pi, points, endpoint=False)
+    return np.cos(angle), np.sin(angle)
 
 
 def tone(color, factor: float) -> tuple:

@@ -1,0 +1,841 @@
+"""The next mini world: things told finely, views told apart, pairs as noisy as the web's, classes as uneven as in life.
+
+It draws the same six domains as `mini_world` and will take its place with a base that is trained on it. What is new:
+
+- A class is still a set of parameters, but words say all that the eye can see of them (`tell_thing`).
+- A view is a set of parameters too, drawn before the picture is (`make_view`), and has words of its own (`tell_view`).
+- Five captions an image, from coarse to fine: two that many classes share, one with some details, one with all of them,
+  one that tells the view.
+- `captions` holds different things, one image each, and no two of its finest captions are alike: text is tested there.
+- Pairs for pre-training (`web_caption`) belong to another image in 30 cases of 100, say little, or say nothing.
+
+Every image and caption follows from (seed, split, domain, class, view) alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from gpnns_utils.mini_world import (
+    COLORS,
+    DOMAINS,
+    FONTS,
+    NUMBERS,
+    SIZE,
+    Canvas,
+    badge_outline,
+    draw_roof,
+    ellipse,
+    glyph_outline,
+    make_badge,
+    make_face,
+    make_fish,
+    make_flower,
+    make_landmark,
+    make_vase,
+    near,
+    smooth,
+    tone,
+    turning,
+    window,
+)
+
+# split: (number of the class stream, classes per domain, images per class on average). `shifted` shows the classes of
+# `test` in another light; `train_noisy` is `train` with wrong labels. References for hubs come from classes of their own.
+SPLITS = {
+    "pairs": (0, 600, 4),
+    "train": (1, 120, 10),
+    "train_noisy": (1, 120, 10),
+    "validation": (2, 20, 10),
+    "test": (3, 40, 10),
+    "shifted": (3, 40, 10),
+    "bank": (4, 600, 2),
+    "captions": (5, 400, 1),
+    "captions_validation": (6, 200, 1),
+    "references": (7, 400, 1),
+}
+UNEVEN = ("pairs", "train", "train_noisy")  # few classes have many images, many have few
+WRONG_LABELS = 0.1  # share of `train_noisy`
+VERSION = 3
+
+
+# --- words -----------------------------------------------------------------------------------------------------------
+
+SYMBOLS = dict(
+    zip(
+        "♥♠♣★☂☎✈♫☀⚓✿⚑☾✚☘♞✉⚡",
+        [
+            "heart",
+            "spade",
+            "club",
+            "star",
+            "umbrella",
+            "telephone",
+            "plane",
+            "note",
+            "sun",
+            "anchor",
+            "blossom",
+            "flag",
+            "moon",
+            "cross",
+            "clover",
+            "horse",
+            "envelope",
+            "flash",
+        ],
+        strict=True,
+    )
+)
+
+
+SHADES = np.array(list(COLORS.values()), dtype=float)
+
+
+def color_of(shade) -> str:
+    """The name of the nearest named color."""
+    return list(COLORS)[int(np.abs(SHADES - np.asarray(shade, dtype=float)).sum(axis=1).argmin())]
+
+
+def graded(value: float, *steps) -> str:
+    """Words for a quantity: graded(0.4, "low", 0.3, "high") is "high"."""
+    words, bounds = steps[::2], steps[1::2]
+    return words[sum(value >= bound for bound in bounds)]
+
+
+def counted(number: int, thing: str) -> str:
+    return f"{NUMBERS[min(number, 12)]} {thing}" + ("s" if number != 1 else "")
+
+
+def an(text: str) -> str:
+    return ("an " if text[0] in "aeio" else "a ") + text
+
+
+def listed(parts: list[str]) -> str:
+    return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
+
+
+# --- landmarks -------------------------------------------------------------------------------------------------------
+
+
+def tell_landmark(p: dict) -> tuple[str, str, list[str]]:
+    wall, tall = {"yellow": "sandstone", "red": "brick"}.get(p["wall"], p["wall"]), p["heights"]
+    skyline = ""
+    if len(tall) > 1:
+        highest = ("left", "in the middle", "right")[round(2 * int(tall.argmax()) / (len(tall) - 1))]
+        skyline = "towers of one height" if np.ptp(tall) < 0.2 else f"the tallest {highest}"
+    details = [
+        f"{color_of(p['roof_color'])} {p['roof']} roofs",
+        ("arched" if p["arched"] else "square")
+        + f" windows {NUMBERS[p['window_rows']]} by {NUMBERS[p['window_columns']]}",
+        graded(p["hall"], "a low hall", 0.36, "", 0.49, "a high hall"),
+        graded(p["widths"].mean(), "slim towers", 0.18, "", 0.21, "broad towers"),
+        graded(tall.max(), "low", 0.7, "", 1.0, "high"),
+        skyline,
+        "painted bands" if p["band"] else "",
+        "red flags" if p["flag"] else "",
+    ]
+    return f"a {wall} building", f"a {wall} building with {counted(p['towers'], 'tower')}", details
+
+
+def view_landmark(rng) -> dict:
+    sky = int(rng.integers(4))
+    return {
+        "sky": ("blue sky", "evening sky", "night sky", "gray sky")[sky],
+        "sky_color": np.array([(150, 195, 235), (235, 180, 140), (70, 85, 130), (205, 212, 220)][sky]) + rng.normal(0, 14, 3),
+        "clouds": rng.uniform((-1, 0.3), (1, 0.95), (int(rng.integers(0, 3)), 2)),
+        "ground": (hills := str(rng.choice(["green", "brown", "gray"]))),
+        "ground_color": near(rng, hills, 20),
+        "hill": (rng.uniform(-1, 1), rng.uniform(0.35, 0.7)),
+        "lit": bool(rng.random() < 0.5),
+        "place": (rng.normal(0, 0.06), rng.uniform(0.75, 1.1), (rng.normal(0, 0.12), rng.normal(-0.05, 0.07)), rng.normal(0, 0.08)),
+    }  # fmt: skip
+
+
+def tell_landmark_view(v: dict) -> list[str]:
+    lights = "lit windows" if v["lit"] else "dark windows"
+    clouds = counted(len(v["clouds"]), "cloud") if len(v["clouds"]) else "no clouds"
+    return [f"{v['ground']} hills", f"a {v['sky']}" if v["sky"] != "evening sky" else "an evening sky", lights, clouds]
+
+
+def draw_landmark(p: dict, v: dict, rng) -> Canvas:
+    canvas = Canvas(tuple(int(c) for c in np.clip(v["sky_color"], 0, 255)))
+    for x, y in v["clouds"]:
+        for dx in (-0.16, 0, 0.16):
+            canvas.ellipse(x + dx, y, 0.17, 0.08, tone(np.clip(v["sky_color"], 0, 255), 1.45))
+    canvas.ellipse(v["hill"][0], -0.75, 1.4, v["hill"][1], tone(v["ground_color"], 1.2))
+    canvas.polygon([(-2, -0.55), (2, -0.55), (2, -2), (-2, -2)], v["ground_color"])
+    canvas.place(*v["place"])
+    ground, wall, lit = -0.62, p["wall_color"], (250, 225, 130) if v["lit"] else (60, 60, 75)
+    canvas.polygon([(-0.66, ground), (0.66, ground), (0.66, ground + p["hall"]), (-0.66, ground + p["hall"])], wall)
+    for row in range(p["window_rows"]):
+        for column in range(p["window_columns"]):
+            x = -0.58 + 1.16 * (column + 0.5) / p["window_columns"]
+            y = ground + p["hall"] * (row + 0.55) / p["window_rows"]
+            window(canvas, x, y, 0.045, 0.32 * p["hall"] / p["window_rows"], p["arched"], lit)
+    centres = np.linspace(-0.52, 0.52, p["towers"]) if p["towers"] > 1 else [0.0]
+    for x, height, width in zip(centres, p["heights"], p["widths"], strict=True):
+        top, shade = ground + height, x + width * 0.4
+        canvas.polygon([(x - width, ground), (x + width, ground), (x + width, top), (x - width, top)], tone(wall, 0.9))
+        canvas.polygon([(shade, ground), (x + width, ground), (x + width, top), (shade, top)], tone(wall, 0.72))
+        if p["band"]:
+            low, high = top - 0.1, top - 0.05
+            canvas.polygon([(x - width, low), (x + width, low), (x + width, high), (x - width, high)], p["roof_color"])
+        window(canvas, x - width * 0.2, top - 0.22, 0.05, 0.08, p["arched"], lit)
+        draw_roof(canvas, p, x, top, width * 1.12)
+    window(canvas, 0, ground + p["door"], p["door"] * 0.6, p["door"], True, (75, 50, 40))
+    return canvas
+
+
+# --- nature ----------------------------------------------------------------------------------------------------------
+
+
+def tell_flower(p: dict) -> tuple[str, str, list[str]]:
+    shade = color_of(p["petal_color"])
+    stripes = graded(p["stripe"], "thin ", 0.35, "", 0.7, "broad ") + f"{color_of(p['stripe_color'])} stripes"
+    details = [
+        graded(p["length"], "short ", 0.6, "", 0.75, "long ")
+        + graded(p["width"], "narrow petals", 0.67, "petals", 0.88, "wide petals"),
+        graded(p["tip"], "pointed tips", -0.02, "", 0.22, "round tips"),
+        graded(p["centre_size"], "a small ", 0.15, "a ", 0.21, "a large ") + f"{p['centre']} heart",
+        f"almost {shade}" if shade != p["color"] else "",
+        stripes if p["stripe"] else "",
+        "a second ring" if p["ring"] else "",
+        graded(p["leaf"], "a thin leaf", 0.14, "", 0.18, "a broad leaf"),
+    ]
+    return an(f"{p['color']} flower"), an(f"{p['color']} flower with {counted(p['petals'], 'petal')}"), details
+
+
+def view_flower(rng) -> dict:
+    ground = str(rng.choice(["green", "green", "brown", "blue", "gray"]))
+    return {
+        "ground": ground,
+        "ground_color": near(rng, ground, 24),
+        "shade": rng.uniform(0.5, 1.2),
+        "blades": rng.uniform((-1, -1, 0.25, 0.03, 0.5, 0), (1, 1, 0.7, 0.13, 1.35, 3.1), (9, 6)),
+        "shift": rng.normal(0, 0.12, 2),
+        "stem": rng.normal(0, 0.3),
+        "leaf": rng.uniform(0.2, 0.9),
+        "turn": rng.uniform(0, 2 * np.pi),
+        "size": rng.uniform(0.7, 1.1),
+        "shear": rng.normal(0, 0.15),
+    }
+
+
+def tell_flower_view(v: dict) -> list[str]:
+    shade = graded(v["shade"], "dark ", 0.7, "", 1.0, "pale ")
+    side = graded(v["shift"][0], "left of the middle", -0.08, "in the middle", 0.08, "right of the middle")
+    return [f"{shade}{v['ground']} leaves behind", graded(v["size"], "from afar", 0.83, "", 0.97, "close by"), side]
+
+
+def draw_flower(p: dict, v: dict, rng) -> Canvas:
+    canvas = Canvas(tuple(int(c) for c in tone(v["ground_color"], v["shade"])))
+    for x, y, width, height, shade, turn in v["blades"]:  # leaves and blades of grass behind the flower
+        canvas.ellipse(x, y, width, height, tone(v["ground_color"], shade), turn)
+    canvas.line([v["shift"], (v["shift"][0] + v["stem"], -1.3)], (70, 120, 60), 0.07)
+    canvas.place(0, 1, v["shift"])
+    canvas.ellipse(0.3, -0.6, 0.35, p["leaf"], (85, 145, 70), v["leaf"])
+    canvas.place(v["turn"], v["size"], v["shift"], v["shear"])
+    along = np.linspace(0, 1, 12)
+    # A petal's half width along its length; `tip` moves the widest place outwards and rounds the end.
+    widest = p["width"] * 0.9 * np.pi * p["length"] * 0.5 / p["petals"] ** 0.8
+    profile = np.sin(np.pi * along ** (1 + p["tip"])) ** 0.8 * widest
+    halves = [np.stack([along * p["length"], profile], 1), np.stack([along[::-1] * p["length"], -profile[::-1]], 1)]
+    outline = np.concatenate(halves)
+    for ring in range(2 if p["ring"] else 1):
+        for petal in range(p["petals"]):
+            angle = 2 * np.pi * (petal + 0.5 * ring) / p["petals"]
+            rotate = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]]) * (1 - 0.35 * ring)
+            canvas.polygon(outline * 1.06 @ rotate, tone(p["petal_color"], 0.72))
+            canvas.polygon(outline @ rotate, tone(p["petal_color"], 1 + 0.2 * ring))
+            if p["stripe"]:
+                canvas.polygon(outline * (0.9, 0.2 + 0.35 * p["stripe"]) @ rotate, p["stripe_color"])
+    canvas.ellipse(0, 0, p["centre_size"], p["centre_size"], tone(p["centre_color"], 0.8))
+    canvas.ellipse(0, 0, p["centre_size"] * 0.75, p["centre_size"] * 0.75, p["centre_color"])
+    return canvas
+
+
+# --- sketches --------------------------------------------------------------------------------------------------------
+
+
+def tell_fish(p: dict) -> tuple[str, str, list[str]]:
+    leaning = (
+        graded(p["slant"], " leaning back", -0.15, "", 0.15, " leaning forward") if p["pattern"] == "stripes" else ""
+    )
+    where = graded(p["fin_place"], " far back", -0.12, "", 0.12, " in front")
+    details = [
+        p["pattern"] if p["pattern"] == "no pattern" else f"{NUMBERS[p['marks']]} {p['pattern']}{leaning}",
+        graded(p["fin"], "a low fin", 0.2, "a fin", 0.32, "a high fin") + where,
+        graded(p["belly_fin"], "no belly fin", 0.08, "", 0.19, "a long belly fin"),
+        graded(p["eye"], "a small eye", 0.053, "", 0.072, "a large eye"),
+        graded(p["tail_size"], "a short tail", 0.26, "", 0.34, "a long tail"),
+        graded(p["length"], "short", 0.5, "", 0.62, "long"),
+        "a gill" if p["gill"] else "",
+        "whiskers" if p["whiskers"] else "",
+    ]
+    return f"a sketch of a {p['shape']} fish", f"a sketch of a {p['shape']} fish with a {p['tail']} tail", details
+
+
+def view_fish(rng) -> dict:
+    paper = int(rng.integers(4))
+    return {
+        "paper": ("white", "brown", "blue", "pink")[paper],
+        "paper_color": np.array([(250, 248, 240), (235, 225, 200), (225, 230, 235), (245, 235, 235)][paper]),
+        "ruled": bool(rng.random() < 0.3),
+        "pencil": rng.uniform(0.6, 1.2),
+        "thick": rng.uniform(0.045, 0.075),
+        "wobble": rng.uniform(0.004, 0.016),
+        "place": (rng.normal(0, 0.2), rng.uniform(0.85, 1.15), rng.normal(0, 0.09, 2), rng.normal(0, 0.1)),
+    }
+
+
+def tell_fish_view(v: dict) -> list[str]:
+    stroke = graded(v["thick"], "thin ", 0.055, "", 0.065, "thick ") + graded(
+        v["pencil"], "dark lines", 0.9, "pale lines"
+    )
+    heading = graded(v["place"][0], "swimming down", -0.1, "swimming level", 0.1, "swimming up")
+    return [("ruled " if v["ruled"] else "plain ") + f"{v['paper']} paper", stroke, heading]
+
+
+def draw_fish(p: dict, v: dict, rng) -> Canvas:
+    canvas = Canvas(tuple(v["paper_color"]))
+    if v["ruled"]:
+        for y in np.arange(-1, 1, 0.25):
+            canvas.line([(-1, y), (1, y)], tone(v["paper_color"], 0.88), 0.012)
+    pencil = tone((45, 45, 55), v["pencil"])
+    canvas.place(*v["place"])
+
+    def stroke(points, width=1.0):
+        points = np.asarray(points, dtype=float)
+        canvas.line(points + rng.normal(0, v["wobble"], points.shape), pencil, v["thick"] * width)
+
+    length, height = p["length"], p["height"]
+    angle = np.linspace(0.12 - np.pi, np.pi - 0.12, 30)
+    stroke(np.stack([length * np.cos(angle), height * np.sin(angle) * (1 + 0.25 * np.cos(angle))], axis=1))
+    size, root = p["tail_size"], -length
+    if p["tail"] == "forked":
+        stroke([(root, 0.03), (root - size, size), (root - size * 0.45, 0), (root - size, -size), (root, -0.03)])
+    elif p["tail"] == "rounded":
+        fan = ellipse(root - size * 0.6, 0, size * 0.6, size * 0.9, points=16)
+        stroke(np.concatenate([[(root, 0)], fan[9:] * (1, -1), fan[:9], [(root, 0)]]))
+    else:
+        stroke([(root, 0.03), (root - size, size * 0.8), (root - size, -size * 0.8), (root, -0.03)])
+    x = p["fin_place"] * length
+    stroke([(x - 0.2, height * 0.95), (x - 0.05, height + p["fin"]), (x + 0.2, height * 0.95)])
+    if p["belly_fin"] > 0.08:
+        stroke([(x - 0.1, -height * 0.95), (x - 0.15, -height - p["belly_fin"]), (x + 0.12, -height * 0.98)])
+    eye_x = p["eye_place"] * length
+    stroke(ellipse(eye_x, height * 0.25, p["eye"], p["eye"], points=12), 1.2)
+    stroke([(length * 0.98, p["mouth"] * height), (length * 0.8, (p["mouth"] - 0.25) * height)])
+    if p["gill"]:
+        stroke([(eye_x - 0.13, height * 0.5), (eye_x - 0.2, 0), (eye_x - 0.13, -height * 0.5)])
+    if p["whiskers"]:
+        stroke([(length, 0), (length + 0.18, -0.12)], 0.7)
+        stroke([(length, 0), (length + 0.16, -0.2)], 0.7)
+    for mark in np.linspace(-0.7, 0.35, p["marks"]):
+        reach, at = height * np.sqrt(1 - mark**2) * 0.85, mark * length
+        if p["pattern"] == "stripes":
+            stroke([(at + p["slant"] * reach, reach), (at - p["slant"] * reach, -reach)], 1.3)
+        elif p["pattern"] == "spots":
+            canvas.ellipse(at, reach * p["slant"] * (1 if round(mark * 10) % 2 else -1), 0.05, 0.05, pencil)
+        elif p["pattern"] == "scales":
+            for y in (-0.5, 0.1, 0.6):
+                stroke([(at, (y + 0.22) * reach), (at - 0.06, y * reach), (at, (y - 0.22) * reach)], 0.8)
+    return canvas
+
+
+# --- objects ---------------------------------------------------------------------------------------------------------
+
+
+def tell_badge(p: dict) -> tuple[str, str, list[str]]:
+    glyph = SYMBOLS.get(p["glyph"], p["glyph"].lower())
+    letters = {FONTS[0]: "", FONTS[1]: " with serifs", FONTS[2]: " in thin strokes"}
+    size = graded(p["glyph_size"], "small ", 0.85, "", 1.0, "large ")
+    border = graded(p["border"], "no", 0.02, "thin", 0.06, "", 0.11, "thick")
+    shade = color_of(p["badge_color"])
+    details = [
+        f"the {size}{color_of(p['glyph_color'])} {p['kind']} {glyph}{letters[p['font']]}",
+        "no border" if border == "no" else an(f"{border} {color_of(p['border_color'])} border".strip()),
+        f"almost {shade}" if shade != p["color"] else "",
+        f"a {color_of(p['border_color'])} bar" if p["bar"] else "",
+    ]
+    return an(f"{p['color']} badge"), an(f"{p['color']} {p['shape']} badge"), details
+
+
+def view_badge(rng) -> dict:
+    wall, style = str(rng.choice(list(COLORS))), int(rng.integers(3))
+    posters = [(*rng.uniform(-1, 1, 2), near(rng, str(rng.choice(list(COLORS))), 30)) for _ in range(8)]
+    return {
+        "wall": wall,
+        "wall_color": near(rng, wall, 25),
+        "style": ("tiles", "boards", "posters")[style],
+        "boards": rng.uniform(0.75, 1.25, 8),
+        "posters": posters,
+        "turn": rng.normal(0, 0.3),
+        "size": rng.uniform(0.65, 1.05),
+        "shear": rng.normal(0, 0.22),
+        "shift": rng.normal(0, 0.13, 2),
+    }
+
+
+def tell_badge_view(v: dict) -> list[str]:
+    wall = f"{v['wall']} wall with posters" if v["style"] == "posters" else f"wall of {v['wall']} {v['style']}"
+    turned = graded(v["turn"], "turned right", -0.15, "upright", 0.15, "turned left")
+    return ["on " + an(wall), turned, graded(v["size"], "from afar", 0.78, "", 0.93, "close by")]
+
+
+def draw_badge(p: dict, v: dict, rng) -> Canvas:
+    wall, outline = v["wall_color"], badge_outline(p["shape"])
+    canvas = Canvas(tuple(int(c) for c in wall))
+    for step, shade, (x, y, poster) in zip(np.arange(-1.2, 1.2, 0.3), v["boards"], v["posters"], strict=False):
+        if v["style"] == "tiles":
+            canvas.line([(step, -1.2), (step, 1.2)], tone(wall, 0.8), 0.03)
+            canvas.line([(-1.2, step), (1.2, step)], tone(wall, 0.8), 0.03)
+        elif v["style"] == "boards":
+            canvas.polygon([(-1.2, step), (1.2, step), (1.2, step + 0.27), (-1.2, step + 0.27)], tone(wall, shade))
+        else:
+            canvas.polygon([(x, y), (x + 0.5, y), (x + 0.5, y + 0.4), (x, y + 0.4)], poster)
+    canvas.place(v["turn"], v["size"], v["shift"] + (0.05, -0.06), v["shear"])
+    canvas.polygon(outline, tone(wall, 0.45))  # its shadow
+    canvas.place(v["turn"], v["size"], v["shift"], v["shear"])
+    canvas.polygon(outline, p["border_color"])
+    canvas.polygon(outline * (1 - p["border"]), p["badge_color"])
+    if p["bar"]:
+        canvas.polygon([(-0.5, -0.45), (0.5, -0.45), (0.5, -0.37), (-0.5, -0.37)], p["border_color"])
+    for part in glyph_outline(p["glyph"], p["font"]):
+        color = p["glyph_color"] if turning(part) < 0 else p["badge_color"]
+        canvas.polygon(part * 0.85 * p["glyph_size"] + (0, 0.03), color)
+    return canvas
+
+
+# --- products --------------------------------------------------------------------------------------------------------
+
+
+def tell_vase(p: dict) -> tuple[str, str, list[str]]:
+    foot, _, belly, _, neck = p["profile"]
+    shade, pattern = color_of(p["vase_color"]), ""
+    if p["pattern"] != "plain":
+        kind = {"striped": "stripe", "dotted": "row", "zigzag": "zigzag"}[p["pattern"]]
+        where = graded(p["place"], " low down", -0.27, "", -0.03, " high up")
+        bold = graded(p["thick"], "fine ", 0.06, "", 0.09, "bold ")
+        pattern = counted(p["bands"], f"{bold}{color_of(p['pattern_color'])} {kind}") + where
+    details = [
+        pattern,
+        graded(p["height"], "low", 0.63, "", 0.72, "tall"),
+        graded(foot, "a narrow foot", 0.2, "", 0.3, "a wide foot"),
+        graded(belly, "a slim belly", 0.28, "", 0.43, "a round belly"),
+        graded(neck, "a narrow neck", 0.2, "", 0.3, "a wide neck"),
+        graded(p["handle_size"], "small handles", 0.16, "", 0.2, "large handles") if p["handles"] else "",
+        f"almost {shade}" if shade != p["color"] else "",
+        graded(p["profile"][3], "narrow shoulders", 0.2, "", 0.32, "wide shoulders"),
+    ]
+    return (
+        an(f"{p['color']} vase"),
+        f"a {p['pattern']} {p['color']} vase with {'two' if p['handles'] else 'no'} handles",
+        details,
+    )
+
+
+def view_vase(rng) -> dict:
+    wall = str(rng.choice(["white", "gray", "yellow", "blue", "pink", "brown"]))
+    return {
+        "wall": wall,
+        "wall_color": near(rng, wall, 25),
+        "table": rng.uniform(-0.75, -0.45, 2),
+        "table_tone": rng.uniform(0.6, 0.95),
+        "place": (rng.normal(0, 0.07), rng.uniform(0.8, 1.12), (rng.normal(0, 0.14), rng.normal(0, 0.08)), rng.normal(0, 0.06)),
+        "shaded": int(rng.choice([-1, 1])),
+    }  # fmt: skip
+
+
+def tell_vase_view(v: dict) -> list[str]:
+    table = graded(v["table_tone"], "a dark table", 0.72, "a table", 0.84, "a pale table")
+    light = "light from the left" if v["shaded"] > 0 else "light from the right"
+    side = graded(v["place"][2][0], "left of the middle", -0.09, "in the middle", 0.09, "right of the middle")
+    return [f"a {v['wall']} wall behind", f"on {table}", light, side]
+
+
+def draw_vase(p: dict, v: dict, rng) -> Canvas:
+    wall = v["wall_color"]
+    canvas = Canvas(tuple(int(c) for c in tone(wall, 1.2)))
+    canvas.polygon([(-2, -2), (2, -2), (2, v["table"][0]), (-2, v["table"][1])], tone(wall, v["table_tone"]))
+    canvas.place(*v["place"])
+    levels = np.linspace(-p["height"], p["height"], 25)
+
+    def half_width(y):
+        return smooth(y, np.linspace(-p["height"], p["height"], 5), p["profile"])
+
+    canvas.ellipse(0.15, -p["height"], 0.55, 0.1, tone(wall, 0.5))  # its shadow
+    if p["handles"]:
+        for side in (-1, 1):
+            ring = ellipse(side * (half_width(0.15) + 0.04), 0.15, p["handle_size"], p["handle_size"] * 1.3)
+            canvas.line(np.concatenate([ring, ring[:2]]), tone(p["vase_color"], 0.75), 0.07)
+    width = half_width(levels)
+    canvas.polygon(
+        np.concatenate([np.stack([width, levels], 1), np.stack([-width[::-1], levels[::-1]], 1)]), p["vase_color"]
+    )
+    for band in range(p["bands"] if p["pattern"] != "plain" else 0):
+        y = p["place"] + band * p["step"]
+        reach, color = half_width(y) * 0.98, p["pattern_color"]
+        if p["pattern"] == "striped":
+            canvas.line([(-reach, y), (reach, y)], color, p["thick"])
+        elif p["pattern"] == "dotted":
+            for x in np.linspace(-0.85, 0.85, p["marks"]):
+                canvas.ellipse(x * reach, y, p["thick"] * 0.7, p["thick"] * 0.7, color)
+        else:
+            x = np.linspace(-1, 1, 2 * p["marks"] - 1)
+            canvas.line(np.stack([x * reach, y + 0.06 * np.resize([-1, 1], len(x))], 1), color, p["thick"] * 0.7)
+    side = v["shaded"]  # the side that lies in the shade, and a highlight on the other
+    shade = [np.stack([side * width, levels], 1), np.stack([side * width[::-1] * 0.72, levels[::-1]], 1)]
+    canvas.polygon(np.concatenate(shade), tone(p["vase_color"], 0.68))
+    canvas.line(np.stack([-side * width[5:-4] * 0.62, levels[5:-4]], 1), tone(p["vase_color"], 1.4), 0.05)
+    canvas.ellipse(0, p["height"], width[-1], 0.06, tone(p["vase_color"], 0.5))
+    return canvas
+
+
+# --- faces -----------------------------------------------------------------------------------------------------------
+
+
+def tell_face(p: dict) -> tuple[str, str, list[str]]:
+    details = [
+        graded(sum(p["skin"]) / 3, "dark", 95, "brown", 140, "tan", 175, "fair", 205, "pale") + " skin",
+        f"{color_of(p['eye_color'])} eyes" + graded(p["eyes"], " close together", 0.185, "", 0.225, " far apart"),
+        f"{color_of(p['glasses_color'])} glasses" if p["glasses"] else "",
+        "a beard" if p["beard"] else "",
+        graded(p["jaw"], "a narrow chin", 0.75, "", 0.9, "a broad chin"),
+        graded(p["width"], "slim", 0.45, "", 0.51, "broad"),
+        graded(p["mouth"], "a small mouth", 0.16, "", 0.21, "a wide mouth"),
+        graded(p["nose"], "a short nose", 0.14, "", 0.18, "a long nose"),
+        graded(p["brow_slant"], "stern brows", -0.02, "", 0.02, "sad brows"),
+        graded(p["fringe"], "a short fringe", 0.28, "", 0.38, "a long fringe"),
+    ]
+    return f"a face with {p['hair']} hair", f"a face with {p['style']} {p['hair']} hair", details
+
+
+def view_face(rng) -> dict:
+    wall = str(rng.choice(["gray", "blue", "green", "white", "brown", "orange", "purple"]))
+    shirt = str(rng.choice(list(COLORS)))
+    return {
+        "wall": wall,
+        "wall_color": near(rng, wall, 25),
+        "corner": rng.uniform(-1, 1, 2),
+        "corner_tone": rng.uniform(0.7, 1.3),
+        "shirt": shirt,
+        "shirt_color": near(rng, shirt, 25),
+        "place": (rng.normal(0, 0.13), rng.uniform(0.85, 1.2), (rng.normal(0, 0.1), rng.normal(-0.02, 0.08)), rng.normal(0, 0.05)),
+        "look": rng.normal(0, 0.025, 2),
+        "smile": rng.uniform(-0.06, 0.12),
+    }  # fmt: skip
+
+
+def tell_face_view(v: dict) -> list[str]:
+    mood = graded(v["smile"], "looking serious", 0.0, "looking calm", 0.06, "smiling")
+    tilt = graded(v["place"][0], "head to the right", -0.07, "head upright", 0.07, "head to the left")
+    return [f"{an(v['shirt'])} shirt", f"{an(v['wall'])} wall", mood, tilt]
+
+
+def draw_face(p: dict, v: dict, rng) -> Canvas:
+    wall = v["wall_color"]
+    canvas = Canvas(tuple(int(c) for c in wall))
+    canvas.polygon([(-2, -2), (2, -2), (2, v["corner"][0]), (-2, v["corner"][1])], tone(wall, v["corner_tone"]))
+    canvas.place(*v["place"])
+    width, height, skin, hair, look = p["width"], p["height"], p["skin"], p["hair_color"], v["look"]
+    if p["style"] == "long":
+        top, end = width * 1.15, width * 1.25
+        falling = [(-end, -height * 1.1), (end, -height * 1.1), (top, height * 0.5), (-top, height * 0.5)]
+        canvas.polygon(falling, tone(hair, 0.85))
+    canvas.ellipse(0, -1.25, 0.85, 0.5, v["shirt_color"])
+    canvas.polygon([(-0.17, -1), (0.17, -1), (0.15, -0.4), (-0.15, -0.4)], tone(skin, 0.8))
+    crown = height + p["hair_height"]
+    if p["style"] == "curly":
+        for angle in np.linspace(-0.3, np.pi + 0.3, 11):
+            canvas.ellipse(width * 1.02 * np.cos(angle), 0.15 + (crown - 0.22) * np.sin(angle), 0.19, 0.19, hair)
+    else:
+        canvas.ellipse(0, 0.12, width * 1.12, crown - 0.1, hair)
+    for side in (-1, 1):
+        canvas.ellipse(side * width * 0.98, 0.02, p["ears"], 0.12, tone(skin, 0.88))
+    angle = np.linspace(0, 2 * np.pi, 36, endpoint=False)
+    narrow = np.where(np.sin(angle) < 0, 1 - (1 - p["jaw"]) * np.sin(angle) ** 2, 1)
+    face = np.stack([width * narrow * np.cos(angle), height * np.sin(angle)], axis=1)
+    canvas.polygon(face, skin)
+    if p["beard"]:
+        canvas.polygon(np.concatenate([face[20:35] * 1.03, [(width * 0.5, -0.22), (-width * 0.5, -0.22)]]), hair)
+    top = height * (1 - p["fringe"])
+    parting = [(-width * 0.6, top), (0, top + 0.12), (width * 0.6, top)][:: 1 if p["jaw"] > 0.8 else -1]
+    canvas.polygon(np.concatenate([face[face[:, 1] > top] * 1.06, parting]), hair)
+    for side in (-1, 1):
+        x, y, size = side * p["eyes"], p["eye_height"], p["eye_size"]
+        canvas.ellipse(x, y, size, size * 0.7, (250, 250, 250))
+        canvas.ellipse(x + look[0], y + look[1] * 0.5, size * 0.55, size * 0.6, p["eye_color"])
+        canvas.ellipse(x + look[0], y + look[1] * 0.5, size * 0.25, size * 0.3, (20, 20, 20))
+        brow, slant = y + size + 0.06, side * p["brow_slant"]
+        canvas.line([(x - 0.1, brow + slant), (x + 0.1, brow - slant)], tone(hair, 0.8), p["brow"])
+        if p["glasses"]:
+            ring = ellipse(x, y, 0.15, 0.13)
+            canvas.line(np.concatenate([ring, ring[:2]]), p["glasses_color"], 0.035)
+    if p["glasses"]:
+        bridge = [(-p["eyes"] + 0.15, p["eye_height"]), (p["eyes"] - 0.15, p["eye_height"])]
+        canvas.line(bridge, p["glasses_color"], 0.035)
+    tip = p["eye_height"] - p["nose"] - 0.06
+    canvas.polygon([(0, p["eye_height"]), (p["nose_width"], tip), (-p["nose_width"], tip)], tone(skin, 0.86))
+    x = np.linspace(-1, 1, 9)
+    mouth = np.stack([x * p["mouth"], tip - 0.16 + v["smile"] * (x**2 - 0.5)], axis=1)
+    canvas.line(mouth, tone((190, 80, 80), 0.9), p["lips"])
+    return canvas
+
+
+# domain: how a thing is made and told, how a view is made and told, and how both are drawn
+PAINTERS: dict[str, tuple[Callable, Callable, Callable, Callable, Callable]] = {
+    "landmarks": (make_landmark, tell_landmark, view_landmark, tell_landmark_view, draw_landmark),
+    "nature": (make_flower, tell_flower, view_flower, tell_flower_view, draw_flower),
+    "sketches": (make_fish, tell_fish, view_fish, tell_fish_view, draw_fish),
+    "objects": (make_badge, tell_badge, view_badge, tell_badge_view, draw_badge),
+    "products": (make_vase, tell_vase, view_vase, tell_vase_view, draw_vase),
+    "faces": (make_face, tell_face, view_face, tell_face_view, draw_face),
+}
+
+
+# --- things, views and their captions --------------------------------------------------------------------------------
+
+
+def stream(*numbers: int) -> np.random.Generator:
+    return np.random.default_rng(numbers)
+
+
+def make_thing(split: str, domain: str, number: int, seed: int = 0) -> dict:
+    """The parameters of a thing in a split's stream of them; `class_numbers` says which of the stream a split has."""
+    return PAINTERS[domain][0](stream(seed, SPLITS[split][0], DOMAINS.index(domain), number))
+
+
+def tell_thing(domain: str, thing: dict) -> tuple[str, str, list[str]]:
+    """What it is, that with one property, and the details: words for all that the eye can see of a thing."""
+    coarse, middle, details = PAINTERS[domain][1](thing)
+    return coarse, middle, [detail for detail in details if detail]  # what is middling goes unsaid
+
+
+def make_view(split: str, domain: str, number: int, view: int, seed: int = 0) -> dict:
+    """All parameters of one view: ground, side, size (by domain), what stands in front, and the light."""
+    shifted = split == "shifted"
+    own = "train" if split == "train_noisy" else split  # the same pictures
+    rng = stream(seed, list(SPLITS).index(own), DOMAINS.index(domain), number, view)
+    made = PAINTERS[domain][2](rng)
+    made["front"] = None
+    if rng.random() < (0.5 if shifted else 0.3):
+        angle, color = rng.uniform(0, 2 * np.pi), str(rng.choice(list(COLORS)))
+        leaf = (rng.uniform(0.3, 0.6), rng.uniform(0.12, 0.28), near(rng, color), rng.uniform(0, 3.1))
+        made["front"] = (color, (0.95 * np.cos(angle), 0.95 * np.sin(angle), *leaf))
+    strength = rng.uniform(0, 0.4 if shifted else 0.2)
+    made["light"] = {
+        "angle": rng.uniform(0, 2 * np.pi),
+        "strength": strength,
+        "gain": rng.choice([0.6, 0.75, 1.35]) if shifted else rng.uniform(0.78, 1.18),
+        "cast": rng.normal(1, 0.1 if shifted else 0.05, 3),
+        "gray": bool(shifted and rng.random() < 0.35),
+        "noise": rng.uniform(8, 18) if shifted else rng.uniform(1, 6),
+    }
+    return made
+
+
+def tell_view(domain: str, view: dict) -> list[str]:
+    """Words for a view, the most visible ones first."""
+    told = [part.strip() for part in PAINTERS[domain][3](view) if part.strip()]
+    if view["front"]:
+        told.insert(1, an(f"{view['front'][0]} leaf in front"))
+    light = graded(view["light"]["gain"], "in dim light", 0.88, "", 1.08, "in bright light")
+    return [*told, light] if light else told
+
+
+OTHER_WORDS = {  # the same thing in other words, which the finest caption never has
+    "building": ("house", "castle", "hall"),
+    "flower": ("blossom", "bloom"),
+    "fish": ("fish drawn in pencil", "fish on paper"),
+    "badge": ("sign", "button"),
+    "vase": ("jar", "pot"),
+    "face": ("person", "portrait"),
+}
+
+
+def captions(domain: str, thing: dict, view: dict, rng) -> list[str]:
+    """Five captions of an image, from coarse to fine: what it is, one property, two details, the view, all details.
+
+    The fine ones begin like the coarse ones; which details the third has, and its words, are drawn for each image.
+    """
+    coarse, middle, details = tell_thing(domain, thing)
+    word = next(word for word in OTHER_WORDS if word in coarse)
+    some = [details[i] for i in np.sort(rng.permutation(len(details))[:2])]
+    other = coarse.replace(word, str(rng.choice((word, *OTHER_WORDS[word]))))
+    other = other.replace("a sketch of ", "") if "pencil" in other or "paper" in other else other
+    seen = tell_view(domain, view)
+    return [
+        coarse,
+        middle,
+        f"{other}: {listed(some)}" if some else other,
+        f"{coarse}, {', '.join(seen[:3])}",
+        finest(domain, thing),
+    ]
+
+
+def finest(domain: str, thing: dict) -> str:
+    """All details of a thing in one text, which tells it from almost every other."""
+    _, middle, details = tell_thing(domain, thing)
+    return f"{middle}, {listed(details)}" if details else middle
+
+
+@functools.cache
+def class_numbers(split: str, domain: str, seed: int = 0) -> tuple[int, ...]:
+    """The things of a split, as numbers in its stream. In `captions` and `captions_validation` no two finest texts are
+    alike, and no other split that teaches text holds one of them."""
+    _, wanted, _ = SPLITS[split]
+    if split not in ("captions", "captions_validation", "pairs", "bank", "references"):
+        return tuple(range(wanted))
+    taken = set()
+    if split != "captions":
+        taken |= finest_texts("captions", domain, seed)
+    if split not in ("captions", "captions_validation"):
+        taken |= finest_texts("captions_validation", domain, seed)
+    numbers, number = [], 0
+    while len(numbers) < wanted:
+        thing, asked = make_thing(split, domain, number, seed), split.startswith("captions")
+        text, told = finest(domain, thing), len(tell_thing(domain, thing)[2])
+        if text not in taken and (told > 1 or not asked):  # a thing with nothing special has no text of its own
+            numbers.append(number)
+            taken |= {text} if asked else set()
+        number += 1
+    return tuple(numbers)
+
+
+@functools.cache
+def finest_texts(split: str, domain: str, seed: int = 0) -> frozenset[str]:
+    return frozenset(finest(domain, make_thing(split, domain, n, seed)) for n in class_numbers(split, domain, seed))
+
+
+def views_of(split: str) -> list[int]:
+    """How many images each class of a domain has: all as many, or in uneven splits as in life, a few of them most."""
+    _, classes, views = SPLITS[split]
+    if split not in UNEVEN:
+        return [views] * classes
+    least = 1 if views < 10 else 3
+    shares = 1 / np.arange(4, classes + 4) ** 0.8  # Zipf's law, flattened at its head
+    sizes = np.maximum(least, np.floor(shares / shares.sum() * (views - least) * classes + least)).astype(int)
+    sizes[: views * classes - sizes.sum()] += 1
+    return stream(classes, views).permutation(sizes).tolist()  # which class is large says nothing about it
+
+
+# --- pictures --------------------------------------------------------------------------------------------------------
+
+
+def draw_image(split: str, domain: str, number: int, view: int, seed: int = 0) -> np.ndarray:
+    """One view of one thing: uint8 (64, 64, 3)."""
+    thing, seen = make_thing(split, domain, number, seed), make_view(split, domain, number, view, seed)
+    own = "train" if split == "train_noisy" else split
+    hand = stream(seed, list(SPLITS).index(own), DOMAINS.index(domain), number, view, 1)  # tremble and grain
+    canvas = PAINTERS[domain][4](thing, seen, hand)
+    if seen["front"]:
+        canvas.place()
+        canvas.ellipse(*seen["front"][1])
+    return photograph(np.asarray(canvas.image.reduce(canvas.pixels // SIZE), dtype=np.float32), seen["light"], hand)
+
+
+def photograph(image: np.ndarray, light: dict, rng) -> np.ndarray:
+    """Light from one side, its strength and color, and grain; worse light is darker or brighter, often without color."""
+    y, x = np.mgrid[-1 : 1 : SIZE * 1j, -1 : 1 : SIZE * 1j].astype(np.float32)
+    slope = 1 + light["strength"] * (np.cos(light["angle"]) * x + np.sin(light["angle"]) * y)
+    image = image * slope[:, :, None] * (light["gain"] * light["cast"]).astype(np.float32)
+    if light["gray"]:
+        image = np.repeat(image @ np.array([[0.299], [0.587], [0.114]], dtype=np.float32), 3, axis=2)
+    return np.clip(image + rng.standard_normal(image.shape, dtype=np.float32) * light["noise"], 0, 255).astype(np.uint8)
+
+
+# --- splits, and their files -----------------------------------------------------------------------------------------
+
+
+def rows_of(split: str, seed: int = 0) -> list[tuple[str, int, int, int]]:
+    """(domain, class within the domain, number in the stream, view) of every image of a split, in order."""
+    sizes = views_of(split)
+    return [
+        (domain, place, number, view)
+        for domain in DOMAINS
+        for place, number in enumerate(class_numbers(split, domain, seed))
+        for view in range(sizes[place])
+    ]
+
+
+def load_split(split: str, cache: str | Path, seed: int = 0, report: Callable[[int, int], None] | None = None) -> dict:
+    """All images of a split, drawn on first use and then read from `cache`.
+
+    Returns images (n, 64, 64, 3) uint8 (memory-mapped), labels (n,) int64, groups (n,) domain names, captions (n lists
+    of five), names (label -> readable class name). `report(done, total)` is called while drawing.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"the mini world has no split {split!r}; choose one of {', '.join(SPLITS)}")
+    rows, own = rows_of(split, seed), "train" if split == "train_noisy" else split
+    path, shape = Path(cache) / "mini_world" / f"{own}-seed{seed}-v{VERSION}.npy", (len(rows), SIZE, SIZE, 3)
+    if read_drawn(path, shape) is None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        images = np.empty(shape, dtype=np.uint8)
+        for i, (domain, _, number, view) in enumerate(rows):
+            images[i] = draw_image(own, domain, number, view, seed)
+            if report and i % 100 == 99:
+                report(i + 1, len(images))
+        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        with open(partial, "wb") as file:
+            np.save(file, images)
+        os.replace(partial, path)  # a reader sees the whole file or none
+    _, classes, _ = SPLITS[split]
+    labels = np.array([DOMAINS.index(domain) * classes + place for domain, place, _, _ in rows])
+    if split == "train_noisy":
+        labels = with_wrong_labels(labels, classes, seed)
+    return {
+        "images": read_drawn(path, shape),
+        "labels": labels,
+        "groups": np.array([domain for domain, _, _, _ in rows]),
+        "captions": [image_captions(split, domain, number, view, seed) for domain, _, number, view in rows],
+        "names": [f"{domain} {place}" for domain in DOMAINS for place in range(classes)],
+    }
+
+
+def image_captions(split: str, domain: str, number: int, view: int, seed: int = 0) -> list[str]:
+    """The five captions of one image (`captions`)."""
+    thing, seen = make_thing(split, domain, number, seed), make_view(split, domain, number, view, seed)
+    own = "train" if split == "train_noisy" else split
+    return captions(domain, thing, seen, stream(seed, list(SPLITS).index(own), DOMAINS.index(domain), number, view, 2))
+
+
+def with_wrong_labels(labels: np.ndarray, classes: int, seed: int = 0) -> np.ndarray:
+    """A tenth of the labels replaced by another class of the same domain, as tired annotators do."""
+    rng, labels = stream(seed, 99), labels.copy()
+    wrong = rng.choice(len(labels), round(WRONG_LABELS * len(labels)), replace=False)
+    shift = rng.integers(1, classes, len(wrong))
+    labels[wrong] = labels[wrong] // classes * classes + (labels[wrong] % classes + shift) % classes
+    return labels
+
+
+SAYS_NOTHING = ("photo {}", "image {}", "dsc {}", "untitled", "my favourite", "click to enlarge", "new arrivals")
+LEVELS = (0.1, 0.1, 0.2, 0.15, 0.45)  # how often each of the five captions stands for an image
+
+
+def web_caption(captions: list[list[str]], row: int, rng, wrong: float = 0.3, empty: float = 0.05) -> str:
+    """A caption of an image as the web would have it: a share of them belong to another image, some say nothing."""
+    if rng.random() < empty:
+        return str(rng.choice(SAYS_NOTHING)).format(rng.integers(1000, 9999))
+    row = int(rng.integers(len(captions))) if rng.random() < wrong else row
+    return captions[row][rng.choice(len(LEVELS), p=LEVELS)]
+
+
+def read_drawn(path: Path, shape: tuple) -> np.ndarray | None:
+    """The images in a file, memory-mapped, or None when it is not there or damaged: then they are drawn again."""
+    if not path.exists():
+        return None
+    try:
+        images = np.load(path, mmap_mode="r")
+        if (images.shape, images.dtype) == (shape, np.uint8):
+            return images
+    except (ValueError, OSError, EOFError):
+        pass
+    warnings.warn(f"{path} is damaged and is drawn again", stacklevel=2)
+    return None

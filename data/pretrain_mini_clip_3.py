@@ -1,0 +1,109 @@
+"""Pre-train the base of the next mini world: `python data/pretrain_mini_clip_3.py --out FOLDER`.
+
+Plain CLIP on pairs as noisy as the web's: two towers made by open_clip from a JSON config, its own contrastive loss, and
+the training loop of the course, which goes on where it was stopped. The result is an open_clip folder
+(`open_clip_config.json`, `open_clip_model.safetensors`) with the vocabulary of its tokenizer.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import torch
+from open_clip.loss import ClipLoss
+from safetensors.torch import save_file
+from torch.nn.functional import interpolate
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from gpnns_utils.pretrain_mini_clip import CONFIG, TEMPLATES, write_vocabulary
+
+import gpnns_utils as gu
+from gpnns_utils import mini_world_3 as mini_world
+
+CONTEXT = 48  # tokens; the longest caption just fits
+
+
+class Pairs(torch.utils.data.Dataset):
+    """An image and a caption, both anew each time: a crop and a contrast; a level, a template, now and then a mistake."""
+
+    def __init__(self, world: dict, tokenizer, wrong: float):
+        self.images = torch.from_numpy(np.array(world["images"])).permute(0, 3, 1, 2)
+        self.captions, self.tokenizer, self.wrong = world["captions"], tokenizer, wrong
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def describe(self) -> bytes:
+        return f"{mini_world.VERSION} {len(self)} {self.wrong} {self.captions[0]}".encode()
+
+    def __getitem__(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
+        rng = np.random.default_rng(torch.randint(2**31, ()).item())
+        text = mini_world.web_caption(self.captions, row, rng, self.wrong)
+        tokens = self.tokenizer([str(rng.choice(TEMPLATES)).format(text)])[0]
+        side = int(rng.integers(50, 65))
+        x, y = rng.integers(0, 65 - side, 2)
+        image = self.images[row, :, y : y + side, x : x + side].float() / 127.5 - 1
+        image = interpolate(image[None], size=(48, 48), mode="bicubic", antialias=True)[0]
+        return image * float(rng.uniform(0.8, 1.2)), tokens
+
+
+class Contrast(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.loss = model, ClipLoss()
+
+    def forward(self, images: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            self.model.logit_scale.clamp_(0, np.log(100))
+        return self.loss(*self.model(images, tokens))
+
+
+def pretrain(out: Path, epochs: float, batch_size: int, rate: float, wrong: float, seed: int) -> None:
+    started, cache = time.time(), gu.cache_folder()
+    report = gu.Progress(0, "drawing pairs").update
+    world = mini_world.load_split("pairs", cache, report=report)
+    print(f"{len(world['images']):,} pairs after {time.time() - started:.0f} s", flush=True)
+    out.mkdir(parents=True, exist_ok=True)
+    texts = [text for captions in world["captions"] for text in captions]
+    texts += [
+        text
+        for row in mini_world.rows_of("captions_validation")
+        for text in mini_world.image_captions("captions_validation", row[0], *row[2:])
+    ]
+    nothing = [text.format("0123456789") for text in mini_world.SAYS_NOTHING]
+    write_vocabulary(out / "vocabulary.txt.gz", [*texts, *nothing, *TEMPLATES[2:]])
+    tokenizer = open_clip.SimpleTokenizer(bpe_path=str(out / "vocabulary.txt.gz"), context_length=CONTEXT)
+    config = json.loads(json.dumps(CONFIG))
+    config["model_cfg"]["text_cfg"] |= {"vocab_size": tokenizer.vocab_size, "context_length": CONTEXT}
+    (out / "open_clip_config.json").write_text(json.dumps(config, indent=1) + "\n")
+    torch.manual_seed(seed)
+    objective = Contrast(open_clip.create_model(f"local-dir:{out}", load_weights=False))
+    values = list(objective.parameters())
+    groups = [
+        {"params": [p for p in values if p.ndim > 1], "lr": rate, "weight_decay": 0.1, "betas": (0.9, 0.98)},
+        {"params": [p for p in values if p.ndim <= 1], "lr": rate, "weight_decay": 0.0, "betas": (0.9, 0.98)},
+    ]
+    gu.training.fit(
+        objective, Pairs(world, tokenizer, wrong), cache / "pretraining", groups, epochs=epochs, batch_size=batch_size,
+        warmup=100, save_every=100, seed=seed,
+    )  # fmt: skip
+    weights = {name: tensor.detach().contiguous() for name, tensor in objective.model.state_dict().items()}
+    save_file(weights, out / "open_clip_model.safetensors")
+    size = (out / "open_clip_model.safetensors").stat().st_size / 1e6
+    print(f"{out}: {size:.1f} MB after {(time.time() - started) / 60:.0f} min")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder to write the model to")
+    parser.add_argument("--epochs", type=float, default=16)
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--rate", type=float, default=1e-3, help="peak learning rate")
+    parser.add_argument("--wrong", type=float, default=0.3, help="share of captions that belong to another image")
+    parser.add_argument("--seed", type=int, default=0)
+    chosen = parser.parse_args()
+    pretrain(chosen.out, chosen.epochs, chosen.batch_size, chosen.rate, chosen.wrong, chosen.seed)

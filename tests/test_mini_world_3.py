@@ -1,0 +1,147 @@
+"""The next mini world: every thing has words of its own, views too, and what teaches text never holds a test's text."""
+
+import collections
+import hashlib
+import json
+
+import numpy as np
+import pytest
+
+import gpnns_utils as gu
+from gpnns_utils import mini_world_3 as world
+
+FINGERPRINT = "39c7c8d31d0ccba258427a2b15584809c8d449a45bbb417ce2fa570149dbdbc0"
+
+
+def texts(split, domain, level):
+    """One caption of each image of a domain."""
+    rows = [row for row in world.rows_of(split) if row[0] == domain]
+    return [world.image_captions(split, *row[:1], *row[2:])[level] for row in rows]
+
+
+def test_the_world_is_the_same_on_every_run_and_machine():
+    digest = hashlib.sha256()
+    for domain in world.DOMAINS:
+        for number in world.class_numbers("captions", domain)[:2]:
+            digest.update(world.draw_image("captions", domain, number, 0).tobytes())
+            digest.update(json.dumps(world.image_captions("captions", domain, number, 0)).encode())
+    assert digest.hexdigest() == FINGERPRINT
+
+
+@pytest.mark.parametrize("domain", world.DOMAINS)
+def test_captions_go_from_what_many_share_to_what_only_one_thing_has(domain):
+    """400 things: a handful of coarse captions, and no two of the finest alike."""
+    distinct = [len(set(texts("captions", domain, level))) for level in range(5)]
+    coarse, middle, some, view, finest = distinct
+    assert coarse < middle < 60 and some > 300 and view > 200 and finest == 400
+    lengths = [len(text.split()) for text in texts("captions", domain, 4)]
+    assert max(lengths) < 42, "the text tower reads them to their end"
+
+
+@pytest.mark.parametrize("domain", world.DOMAINS)
+def test_almost_every_class_of_the_pairs_has_a_text_of_its_own(domain):
+    finest = [world.finest(domain, world.make_thing("pairs", domain, n)) for n in world.class_numbers("pairs", domain)]
+    assert len(set(finest)) >= 590
+
+
+@pytest.mark.parametrize("domain", world.DOMAINS)
+def test_nothing_that_teaches_text_or_stands_for_queries_holds_a_text_that_is_asked(domain):
+    said = {}
+    for split in ("captions", "captions_validation", "pairs", "bank", "references"):
+        firsts = [world.image_captions(split, domain, number, 0) for number in world.class_numbers(split, domain)]
+        said[split] = {text for captions in firsts for text in captions}
+    for asked in ("captions", "captions_validation"):
+        queries = set(texts(asked, domain, 4))
+        for split in said.keys() - {asked}:
+            shared = queries & said[split]
+            assert len(shared) == 0, (asked, split, sorted(shared)[:2])
+
+
+@pytest.mark.parametrize("domain", world.DOMAINS)
+def test_no_two_splits_share_a_thing(domain):
+    seen = {}
+    for split in set(world.SPLITS) - {"shifted", "train_noisy"}:
+        for number in world.class_numbers(split, domain):
+            key = repr(world.make_thing(split, domain, number))
+            assert seen.setdefault(key, split) == split, (split, number, seen[key])
+
+
+def test_a_view_is_drawn_from_its_parameters_and_told_by_them():
+    thing = world.make_thing("test", "faces", 1)
+    view = world.make_view("test", "faces", 1, 0)
+    rng = np.random.default_rng(0)
+    drawn = np.asarray(world.PAINTERS["faces"][4](thing, view, rng).image)
+    np.testing.assert_array_equal(drawn, np.asarray(world.PAINTERS["faces"][4](thing, view, rng).image))
+    other = view | {"shirt": "red", "shirt_color": (200, 45, 45)}
+    assert not np.array_equal(drawn, np.asarray(world.PAINTERS["faces"][4](thing, other, rng).image))
+    assert "a red shirt" in world.tell_view("faces", other)
+    told = world.tell_view("faces", view | {"front": ("green", ()), "light": view["light"] | {"gain": 1.3}})
+    assert "a green leaf in front" in told and told[-1] == "in bright light"
+    coarse, middle, some, seen, finest = world.captions("faces", thing, other, np.random.default_rng(0))
+    assert seen.startswith(coarse) and "red shirt" in seen and finest.startswith(middle) and "shirt" not in finest
+
+
+def test_views_of_a_thing_differ_and_the_shifted_test_shows_the_same_things_in_worse_light():
+    for domain in world.DOMAINS:
+        assert repr(world.make_thing("test", domain, 3)) == repr(world.make_thing("shifted", domain, 3))
+        one, two = (world.draw_image("test", domain, 3, view) for view in (0, 1))
+        assert not np.array_equal(one, two)
+        lights = [world.make_view("shifted", domain, 3, view)["light"] for view in range(30)]
+        assert {light["gain"] for light in lights} == {0.6, 0.75, 1.35} and any(light["gray"] for light in lights)
+
+
+def test_classes_are_as_uneven_as_in_life():
+    for split, least, most, mean in (("train", 5, 45, 10), ("pairs", 1, 53, 4)):
+        sizes = np.array(world.views_of(split))
+        assert (sizes.min(), sizes.max()) == (least, most) and sizes.mean() == mean
+        assert np.sort(sizes)[::-1][: len(sizes) // 5].sum() > 0.35 * sizes.sum(), (
+            "a fifth of the classes has most images"
+        )
+    assert set(world.views_of("test")) == {10} and set(world.views_of("captions")) == {1}
+
+
+def test_a_tenth_of_the_noisy_labels_is_wrong_and_the_pictures_are_the_same():
+    domain_of = np.repeat(np.arange(6), 1200)
+    right = np.array([world.DOMAINS.index(domain) * 120 + place for domain, place, _, _ in world.rows_of("train")])
+    noisy = world.with_wrong_labels(right, 120)
+    assert np.mean(noisy != right) == pytest.approx(0.1)
+    np.testing.assert_array_equal(noisy // 120, domain_of)
+    assert world.rows_of("train") == world.rows_of("train_noisy")
+    np.testing.assert_array_equal(
+        world.draw_image("train", "nature", 2, 1), world.draw_image("train_noisy", "nature", 2, 1)
+    )
+
+
+def test_pairs_are_as_noisy_as_the_web_s():
+    own = [[f"{row} {level}" for level in range(5)] for row in range(20_000)]
+    rng = np.random.default_rng(0)
+    said = [world.web_caption(own, row, rng) for row in range(len(own))]
+    parts = [text.split() for text in said]
+    empty = np.array([not (len(part) == 2 and part[0].isdigit()) for part in parts])
+    other = np.array([not e and int(part[0]) != row for row, (e, part) in enumerate(zip(empty, parts, strict=True))])
+    assert empty.mean() == pytest.approx(0.05, abs=0.01)
+    assert other[~empty].mean() == pytest.approx(0.3, abs=0.015)
+    levels = collections.Counter(part[1] for e, part in zip(empty, parts, strict=True) if not e)
+    shares = [levels[str(level)] / (~empty).sum() for level in range(5)]
+    np.testing.assert_allclose(shares, world.LEVELS, atol=0.015)
+
+
+def test_a_split_is_drawn_once_read_again_and_a_damaged_file_is_drawn_again(tmp_path, monkeypatch):
+    monkeypatch.setitem(world.SPLITS, "references", (7, 2, 1))
+    for cached in (world.class_numbers, world.finest_texts):
+        monkeypatch.setattr(world, cached.__name__, cached.__wrapped__)
+    drawn = []
+    draw = world.draw_image
+    monkeypatch.setattr(world, "draw_image", lambda *which: drawn.append(which) or draw(*which))
+    first = world.load_split("references", tmp_path)
+    first["images"] = np.array(first["images"])  # a memory map of the file that is damaged below
+    again = world.load_split("references", tmp_path)
+    assert len(drawn) == 12 and first["captions"] == again["captions"]
+    np.testing.assert_array_equal(first["images"], again["images"])
+    assert first["names"][:3] == ["landmarks 0", "landmarks 1", "nature 0"] and list(first["labels"]) == list(range(12))
+    images = gu.ImageSet("references", **first)
+    assert len(images.captions[0]) == 5
+    (path,) = (tmp_path / "mini_world").iterdir()
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.warns(UserWarning, match="references-seed0-v3.npy is damaged and is drawn again"):
+        np.testing.assert_array_equal(world.load_split("references", tmp_path)["images"], first["images"])
