@@ -87,9 +87,10 @@ def pretrain(out: Path, epochs: float, batch_size: int, rate: float, wrong: floa
         {"params": [p for p in values if p.ndim > 1], "lr": rate, "weight_decay": 0.1, "betas": (0.9, 0.98)},
         {"params": [p for p in values if p.ndim <= 1], "lr": rate, "weight_decay": 0.0, "betas": (0.9, 0.98)},
     ]
+    steps = round(epochs * (len(world["images"]) // batch_size))
     gu.training.fit(
         objective, Pairs(world, tokenizer, wrong), cache / "pretraining", groups, epochs=epochs, batch_size=batch_size,
-        warmup=100, save_every=100, seed=seed,
+        warmup=min(100, steps // 10), save_every=100, seed=seed,
     )  # fmt: skip
     weights = {name: tensor.detach().contiguous() for name, tensor in objective.model.state_dict().items()}
     save_file(weights, out / "open_clip_model.safetensors")

@@ -145,3 +145,29 @@ def test_a_split_is_drawn_once_read_again_and_a_damaged_file_is_drawn_again(tmp_
     path.write_bytes(path.read_bytes()[:5000])
     with pytest.warns(UserWarning, match="references-seed0-v3.npy is damaged and is drawn again"):
         np.testing.assert_array_equal(world.load_split("references", tmp_path)["images"], first["images"])
+
+
+def test_the_base_is_trained_by_one_command_that_goes_on_where_it_stopped(tmp_path, monkeypatch, cache):
+    """Two classes a domain, two steps; open_clip loads the folder, and a second run finds its training done."""
+    import open_clip
+
+    monkeypatch.syspath_prepend(str(gu.DATA))
+    from gpnns_utils import pretrain_mini_clip_3 as script
+
+    monkeypatch.setitem(world.SPLITS, "pairs", (0, 2, 2))
+    monkeypatch.setitem(world.SPLITS, "captions_validation", (6, 2, 1))
+    monkeypatch.setitem(world.SPLITS, "captions", (5, 2, 1))
+    for cached in (world.class_numbers, world.finest_texts):
+        monkeypatch.setattr(world, cached.__name__, cached.__wrapped__)
+    for _ in range(2):
+        script.pretrain(tmp_path / "base", epochs=1, batch_size=12, rate=1e-3, wrong=0.3, seed=0)
+        first = (tmp_path / "base" / "open_clip_model.safetensors").read_bytes()
+    assert (tmp_path / "base" / "open_clip_model.safetensors").read_bytes() == first
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{tmp_path}/base")
+    tokenizer = open_clip.get_tokenizer(
+        f"local-dir:{tmp_path}/base", bpe_path=str(tmp_path / "base" / "vocabulary.txt.gz")
+    )
+    text = world.finest("faces", world.make_thing("pairs", "faces", 0))
+    assert model.encode_text(tokenizer([text])).shape == (1, 128)
+    assert tokenizer.decode(tokenizer([text])[0].tolist()).count("face") == 1
+    assert len(list((cache / "pretraining").iterdir())) == 1
