@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import functools
 import os
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -39,6 +38,7 @@ from gpnns_utils.mini_world import (
     make_landmark,
     make_vase,
     near,
+    read_drawn,
     smooth,
     tone,
     turning,
@@ -825,17 +825,3 @@ def web_caption(captions: list[list[str]], row: int, rng, wrong: float = 0.3, em
         return str(rng.choice(SAYS_NOTHING)).format(rng.integers(1000, 9999))
     row = int(rng.integers(len(captions))) if rng.random() < wrong else row
     return captions[row][rng.choice(len(LEVELS), p=LEVELS)]
-
-
-def read_drawn(path: Path, shape: tuple) -> np.ndarray | None:
-    """The images in a file, memory-mapped, or None when it is not there or damaged: then they are drawn again."""
-    if not path.exists():
-        return None
-    try:
-        images = np.load(path, mmap_mode="r")
-        if (images.shape, images.dtype) == (shape, np.uint8):
-            return images
-    except (ValueError, OSError, EOFError):
-        pass
-    warnings.warn(f"{path} is damaged and is drawn again", stacklevel=2)
-    return None

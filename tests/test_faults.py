@@ -308,11 +308,7 @@ def _(rng, folder):
     bad = rng.integers(len(rows))
     rows[bad] = ("", rows[bad][1])
     (folder / "list.csv").write_text(as_csv(rows))
-    return refused_table_of(folder, "1 of 5 images have no label", rows[bad][1])
-
-
-def refused_table_of(folder, *words):
-    return lambda: listed(folder / "list.csv"), Refused("list.csv", *words)
+    return refused_table(folder, "1 of 5 images have no label", rows[bad][1])
 
 
 @fault("wrong encoding", "table")
