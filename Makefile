@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export GPNNS_CACHE ?= $(CURDIR)/.cache
 
-.PHONY: help course test test-all lab app site render bench check clean
+.PHONY: help course test test-all lab app site render world bench check clean
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
@@ -31,6 +31,9 @@ site: $(VENV)/.ready  ## the notebooks as web pages, in build/site/index.html
 
 render: $(VENV)/.ready  ## refresh the outputs that are committed with the notebooks
 	$(BIN)/python notebooks/run.py --render
+
+world: $(VENV)/.ready  ## make the weights and scores that are shipped anew, from code alone; goes on after a break
+	$(BIN)/python data/make_world.py
 
 bench: $(VENV)/.ready  ## timings beside other libraries, in runs/bench.json
 	$(BIN)/python tests/benchmarks/bench.py

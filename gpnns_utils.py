@@ -18,9 +18,9 @@ import io
 import json
 import os
 import platform
-import re
 import shutil
 import sys
+import textwrap
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -62,7 +62,7 @@ from gpnns_utils.checks import (  # noqa: E402
 )  # fmt: skip
 
 ELSEWHERE = {
-    "datasets": ("ImageSet", "text_queries", "load_splits", "split_classes", "load_published"),
+    "datasets": ("ImageSet", "text_queries", "class_texts", "load_splits", "split_classes", "load_published"),
     "own_images": (),
     "encoders": ("Encoder", "add_head", "save_checkpoint"),
     "checkpoints": ("load_checkpoint",),
@@ -907,7 +907,7 @@ def show_neighbors(
 
     Right neighbours have a green frame and a check mark, wrong ones a red frame and a cross.
     """
-    texts = [re.sub(" (with|and) ", r"\n\1 ", query) if isinstance(query, str) else "" for query in queries]
+    texts = [textwrap.fill(query, max(24, len(query) // 4 + 8)) if isinstance(query, str) else "" for query in queries]
     form = "{} bits" if scores is not None and np.asarray(scores).dtype.kind != "f" else "{:.2f}"
     lines, titles, frames = [], [], []
     for i, query in enumerate(queries):

@@ -196,6 +196,19 @@ def text_queries(images: ImageSet) -> tuple[list[str], list[np.ndarray]]:
     return sorted(carried), [np.array(carried[caption]) for caption in sorted(carried)]
 
 
+def class_texts(images: ImageSet) -> tuple[list[str], np.ndarray]:
+    """One text for each class: the longest caption that all of its images share, or else its name. Classes may share one.
+
+    Returns the texts in alphabetical order and, for each image, the number of its own, int64 (n,).
+    """
+    shared = {}
+    for label, captions in zip(images.labels, images.captions or [[]] * len(images), strict=True):
+        shared[label] = shared.get(label, set(captions)) & set(captions)
+    text_of = {label: max(sorted(told), key=len, default=images.names[label]) for label, told in shared.items()}
+    number = {text: i for i, text in enumerate(sorted(set(text_of.values())))}
+    return list(number), np.array([number[text_of[label]] for label in images.labels], dtype=np.int64)
+
+
 def open_image(path: Path, crop: Sequence[int] | None = None) -> Image.Image:
     """Read an image as RGB: turned upright as its EXIF data say, transparent parts on white, 16 bits and shares cut to 8.
 
@@ -711,12 +724,17 @@ class Splits:
     question "open": things that were never trained on, where all images of a part search each other (queries is gallery,
     and a query leaves itself out). question "closed": other pictures of the things that are trained on, which search the
     training images; labels of all sets then mean the same classes.
+
+    text_validation, text_test: the images whose captions ask. In the drawn world those of its caption test, of other
+    images the queries of validation and test themselves.
     """
 
     question: str
     train: ImageSet
     validation: tuple[ImageSet, ImageSet]
     test: tuple[ImageSet, ImageSet]
+    text_validation: ImageSet
+    text_test: ImageSet
 
     def open_sets(self) -> tuple[ImageSet, ImageSet, ImageSet]:
         """Train, validation and test of an open question. ValueError for a closed one."""
@@ -778,7 +796,9 @@ def load_splits(train_images: str | Path, test_images: str | Path = "", seed: in
                 train = train.subset(np.setdiff1d(np.arange(len(train)), [row for row, _ in twice]))
         if validation is None:
             train, validation = split_classes(train, 0.1, seed)
-        splits = Splits(question, train, (validation, validation), (test, test if searched is None else searched))
+        gallery = test if searched is None else searched
+        asked = [load("mini", part) for part in ("captions_validation", "captions")] if drawn else (validation, test)
+        splits = Splits(question, train, (validation, validation), (test, gallery), *asked)
         how = f"{len(np.unique(test.labels))} classes that are not trained on; " + (
             "their images search each other"
             if searched is None
@@ -790,7 +810,8 @@ def load_splits(train_images: str | Path, test_images: str | Path = "", seed: in
             train, validation = split_images(train, 0.1, seed)
         else:
             validation = check_apart(check_apart(with_labels_of(train, validation), train), test)
-        splits = Splits(question, train, (validation, train), (test, train if searched is None else searched))
+        gallery = train if searched is None else searched
+        splits = Splits(question, train, (validation, train), (test, gallery), validation, test)
         how = (
             f"{len(test):,} other images of classes that are trained on; they search the {len(train):,} training images"
         )

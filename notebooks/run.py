@@ -36,14 +36,14 @@ MEMORY = (
 )
 
 
-def run_notebook(path: Path, output: Path, profile: str) -> str | None:
+def run_notebook(path: Path, output: Path, parameters: dict) -> str | None:
     """Execute one notebook; None when every cell ran, else what went wrong and where."""
     output.unlink(missing_ok=True)  # an earlier run's copy must not speak for this one
     try:
         papermill.execute_notebook(
             path,
             output,
-            {"profile": profile},
+            parameters,
             kernel_name="python3",
             cwd=FOLDER,
             progress_bar=False,
@@ -172,7 +172,7 @@ def main() -> int:
             continue
         print(f"[{number}/{len(paths)}] {path.stem} ...", end=" ", flush=True)
         start = time.time()
-        failed = run_notebook(path, folder / path.name, arguments.profile)
+        failed = run_notebook(path, folder / path.name, {"profile": arguments.profile})
         seconds = time.time() - start
         print("failed" if failed else "done", f"in {seconds:.0f} s", flush=True)
         table.append(

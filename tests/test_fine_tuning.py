@@ -257,6 +257,14 @@ def shop(top, **parts):
     return top
 
 
+def test_in_the_drawn_world_texts_ask_for_other_things_than_images_do():
+    splits = gu.load_splits("mini")
+    assert [splits.text_validation.name, splits.text_test.name] == ["mini captions_validation", "mini captions"]
+    assert [part.name for part in splits.open_sets()] == ["mini train", "mini validation", "mini test"]
+    texts, relevant = gu.text_queries(splits.text_test)
+    assert len(texts) == 2400 and {len(rows) for rows in relevant} == {1}
+
+
 def test_other_classes_are_an_open_question_in_which_images_search_each_other(tmp_path, capsys):
     top = shop(tmp_path, train={c: range(3) for c in "abcdefghij"}, test={c: range(3) for c in "xyz"})
     for splits in (gu.load_splits(top / "train", top / "test"), gu.load_splits(top)):
@@ -266,6 +274,7 @@ def test_other_classes_are_an_open_question_in_which_images_search_each_other(tm
         assert (
             splits.validation[0] is splits.validation[1] and len(splits.validation[0]) == 6 and len(splits.train) == 24
         )
+        assert splits.text_test is splits.test[0] and splits.text_validation is splits.validation[0], "own captions ask"
         train, validation, test = splits.open_sets()
         named = [{images.names[label] for label in images.labels} for images in (train, validation, test)]
         assert not (named[0] & named[1] or named[0] & named[2])

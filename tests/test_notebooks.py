@@ -265,7 +265,7 @@ def test_fine_tuning_gains_ten_points_on_unseen_classes_in_every_domain_and_cost
     assert {"softmax", "cosface", "proxyanchor", "subcenters"} <= losses
     trained_here = [json.loads(line) for line in next(out.glob("03_training/*/log.jsonl")).read_text().splitlines()]
     validation = [row["validation"] for row in trained_here if "validation" in row]
-    assert len(validation) == 3 and max(validation) > 70, "this run trained, it did not load"
+    assert len(validation) == 3 and max(validation) > 60, "this run trained, it did not load"
     assert "nan" not in text_of(notebook)
 
 
@@ -282,11 +282,12 @@ def test_text_lost_by_images_alone_is_won_back_by_realignment_and_less_is_lost_w
         return scores[model, task, metric] - scores[over, task, metric]
 
     images, texts = ("image_to_image", "mAP"), ("text_to_image", "mAP")
-    assert gain("image-only", *images) > 10 and gain("image-only", *texts) < -2
+    assert gain("image-only", *images) > 20 and gain("image-only", *texts) < -1
     assert gain("2sft", *images, over="image-only") == 0 and gain("2sft", *texts, over="image-only") > 2
-    assert gain("mcip", *images, over="image-only") > -1.5 and gain("mcip", *texts, over="image-only") > 0
+    assert gain("mcip", *images) > 18 and gain("mcip", *texts, over="image-only") > 1
+    assert gain("mcip+realigned", *texts, over="2sft") > 0
     for realigned in ("2sft", "mcip+realigned"):
-        assert gain(realigned, "text_to_image", "R@1") > 0 and gain(realigned, "zero_shot", "accuracy") > 0
+        assert gain(realigned, "text_to_image", "R@1") > 0
     for training, tasks in (("04_training", 3), ("04_realign", 4)):
         logs = [path.read_text().splitlines() for path in out.glob(f"{training}/*/log.jsonl")]
         assert logs and all(sum("validation" in line for line in log) == tasks for log in logs), "this run trained"
@@ -306,7 +307,7 @@ def test_anyones_folder_is_fine_tuned_with_every_loss_and_a_head(shapes, tmp_pat
     encoder = gu.load_encoder(f"mini@{out}/03_arcmargin.safetensors")
     assert encoder.dim == 16 and encoder.text_tower is None
     rows = json.loads((out / "03_finetune_arcmargin.json").read_text())["rows"]
-    assert {"softmax", "cosface", "proxyanchor", "subcenters", "thinned, adaptive"} <= {row["model"] for row in rows}
+    assert {"softmax", "cosface", "proxyanchor", "subcenters", "adaptive margins"} <= {row["model"] for row in rows}
 
 
 @pytest.fixture

@@ -248,6 +248,15 @@ def test_an_image_set_takes_a_text_for_a_list_of_one_and_refuses_what_does_not_b
         gu.ImageSet("two", "photos")
 
 
+def test_the_text_of_a_class_is_the_longest_caption_that_all_its_images_share_or_its_name():
+    told = [["a pet", "a red cat", "x"], ["a red cat", "a pet"], ["a dog"], ["one dog"], ["a bird"]]
+    images = gu.ImageSet("pets", [f"{i}.png" for i in range(5)], [0, 0, 1, 1, 2], None, told, ["cat", "dog", "bird"])
+    texts, own = gu.class_texts(images)
+    assert texts == ["a bird", "a red cat", "dog"] and own.tolist() == [1, 1, 2, 2, 0]
+    without = gu.ImageSet("pets", images.images, images.labels, names=images.names)
+    assert gu.class_texts(without)[0] == ["bird", "cat", "dog"], "no captions at all: names"
+
+
 # --- folders ---
 
 
@@ -445,4 +454,4 @@ def test_every_load_ends_with_one_line_that_says_what_was_taken_as_what(tmp_path
     assert said.startswith("zoo.v2: 6 images, 3 classes, 2 groups, 4 captions, split test; 1 file left out: ")
     assert said.count("\n") == 1
     gu.load_images("mini", "validation")
-    assert capsys.readouterr().out == "mini validation: 1,200 images, 120 classes, 6 groups, 3,600 captions\n"
+    assert capsys.readouterr().out == "mini validation: 1,200 images, 120 classes, 6 groups, 6,000 captions\n"

@@ -1,97 +1,92 @@
-"""The next mini world: things told finely, views told apart, pairs as noisy as the web's, classes as uneven as in life.
+"""How the mini world's six domains are made, told and drawn.
 
-It draws the same six domains as `mini_world` and will take its place with a base that is trained on it. What is new:
-
-- A class is still a set of parameters, but words say all that the eye can see of them (`tell_thing`).
-- A view is a set of parameters too, drawn before the picture is (`make_view`), and has words of its own (`tell_view`).
-- Five captions an image, from coarse to fine: two that many classes share, one with some details, one with all of them,
-  one that tells the view.
-- `captions` holds different things, one image each, and no two of its finest captions are alike: text is tested there.
-- Pairs for pre-training (`web_caption`) belong to another image in 30 cases of 100, say little, or say nothing.
-
-Every image and caption follows from (seed, split, domain, class, view) alone.
+Each domain has five functions, in this order: the parameters of a thing; words for them; the parameters of a view; words
+for those; and the drawing of both. `mini_world` puts things and views together to splits, pictures and captions.
 """
 
 from __future__ import annotations
 
-import functools
-import os
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
+import matplotlib
 import numpy as np
-from gpnns_utils.mini_world import (
-    COLORS,
-    DOMAINS,
-    FONTS,
-    NUMBERS,
-    SIZE,
-    Canvas,
-    badge_outline,
-    draw_roof,
-    ellipse,
-    glyph_outline,
-    make_badge,
-    make_face,
-    make_fish,
-    make_flower,
-    make_landmark,
-    make_vase,
-    near,
-    read_drawn,
-    smooth,
-    tone,
-    turning,
-    window,
-)
+from matplotlib.font_manager import FontProperties
+from matplotlib.textpath import TextPath
+from PIL import Image, ImageDraw
 
-# split: (number of the class stream, classes per domain, images per class on average). `shifted` shows the classes of
-# `test` in another light; `train_noisy` is `train` with wrong labels. References for hubs come from classes of their own.
-SPLITS = {
-    "pairs": (0, 600, 4),
-    "train": (1, 120, 10),
-    "train_noisy": (1, 120, 10),
-    "validation": (2, 20, 10),
-    "test": (3, 40, 10),
-    "shifted": (3, 40, 10),
-    "bank": (4, 600, 2),
-    "captions": (5, 400, 1),
-    "captions_validation": (6, 200, 1),
-    "references": (7, 400, 1),
-}
-UNEVEN = ("pairs", "train", "train_noisy")  # few classes have many images, many have few
-WRONG_LABELS = 0.1  # share of `train_noisy`
-VERSION = 3
+DOMAINS = ("landmarks", "nature", "sketches", "objects", "products", "faces")
+SIZE = 64  # pixels; drawn three times larger and averaged, which smooths the edges
+
+
+COLORS = {
+    "red": (200, 45, 45), "orange": (232, 132, 40), "yellow": (238, 205, 70), "green": (70, 150, 75),
+    "blue": (60, 105, 190), "purple": (135, 75, 165), "pink": (236, 140, 175), "white": (240, 236, 228),
+    "brown": (130, 85, 55), "black": (50, 45, 50), "gray": (140, 140, 145),
+}  # fmt: skip
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+
+
+# --- shapes ----------------------------------------------------------------------------------------------------------
+
+
+class Canvas:
+    """A picture whose shapes are given in object coordinates: x and y from -1 to 1, y pointing up."""
+
+    def __init__(self, background: tuple, scale: int = 3):
+        self.pixels = SIZE * scale
+        self.image = Image.new("RGB", (self.pixels, self.pixels), background)
+        self.draw = ImageDraw.Draw(self.image)
+        self.place()
+
+    def place(self, rotation: float = 0.0, size: float = 1.0, shift: tuple = (0.0, 0.0), shear: float = 0.0) -> None:
+        """Set where the shapes that follow land: rotation in radians, shift in object coordinates."""
+        cos, sin = np.cos(rotation) * size, np.sin(rotation) * size
+        half = self.pixels / 2
+        self.matrix = np.array([[cos, -sin], [sin, cos]]) @ np.array([[1, shear], [0, 1]]) * half
+        self.matrix[1] *= -1
+        self.offset = np.array([half + shift[0] * half, half - shift[1] * half])
+
+    def polygon(self, points, color) -> None:
+        points = np.asarray(points, dtype=float) @ self.matrix.T + self.offset
+        self.draw.polygon(points.ravel().tolist(), fill=tuple(int(c) for c in color))
+
+    def ellipse(self, x: float, y: float, width: float, height: float, color, turn: float = 0.0) -> None:
+        self.polygon(ellipse(x, y, width, height, turn), color)
+
+    def line(self, points, color, width: float) -> None:
+        points = np.asarray(points, dtype=float) @ self.matrix.T + self.offset
+        pixels = max(1, round(width * self.pixels / 2))
+        self.draw.line(points.ravel().tolist(), fill=tuple(int(c) for c in color), width=pixels, joint="curve")
+
+
+def ellipse(x, y, width, height, turn=0.0, points=28) -> np.ndarray:
+    """The outline of an ellipse with half axes width and height, as (points, 2)."""
+    cos, sin = circle(points)
+    dx, dy = width * cos, height * sin
+    return np.stack([x + dx * np.cos(turn) - dy * np.sin(turn), y + dx * np.sin(turn) + dy * np.cos(turn)], axis=1)
+
+
+@cache
+def circle(points: int) -> tuple[np.ndarray, np.ndarray]:
+    angle = np.linspace(0, 2 * np.pi, points, endpoint=False)
+    return np.cos(angle), np.sin(angle)
+
+
+def tone(color, factor: float) -> tuple:
+    """A color made darker (factor < 1) or lighter (factor > 1)."""
+    color = np.asarray(color, dtype=float)
+    mixed = color * factor if factor <= 1 else color + (255 - color) * (factor - 1)
+    return tuple(np.clip(mixed, 0, 255))
+
+
+def near(rng, name: str, spread: float = 16.0) -> tuple:
+    """A shade of a named color: two classes may share the name and differ in the shade."""
+    return tuple(np.clip(np.array(COLORS[name]) + rng.normal(0, spread, 3), 0, 255))
 
 
 # --- words -----------------------------------------------------------------------------------------------------------
-
-SYMBOLS = dict(
-    zip(
-        "♥♠♣★☂☎✈♫☀⚓✿⚑☾✚☘♞✉⚡",
-        [
-            "heart",
-            "spade",
-            "club",
-            "star",
-            "umbrella",
-            "telephone",
-            "plane",
-            "note",
-            "sun",
-            "anchor",
-            "blossom",
-            "flag",
-            "moon",
-            "cross",
-            "clover",
-            "horse",
-            "envelope",
-            "flash",
-        ],
-        strict=True,
-    )
-)
 
 
 SHADES = np.array(list(COLORS.values()), dtype=float)
@@ -121,6 +116,27 @@ def listed(parts: list[str]) -> str:
 
 
 # --- landmarks -------------------------------------------------------------------------------------------------------
+
+
+def make_landmark(rng) -> dict:
+    towers = int(rng.integers(1, 5))
+    return {
+        "towers": towers,
+        "heights": rng.uniform(0.45, 1.15, towers),
+        "widths": rng.uniform(0.13, 0.26, towers),
+        "hall": rng.uniform(0.25, 0.6),
+        "wall": (wall := str(rng.choice(["white", "yellow", "brown", "gray", "red"]))),
+        "wall_color": near(rng, wall),
+        "roof": str(rng.choice(["pointed", "domed", "flat", "stepped"])),
+        "roof_color": near(rng, str(rng.choice(["red", "blue", "green", "brown", "black"]))),
+        "roof_height": rng.uniform(0.14, 0.38),
+        "window_rows": int(rng.integers(1, 4)),
+        "window_columns": int(rng.integers(2, 7)),
+        "arched": bool(rng.random() < 0.5),
+        "door": rng.uniform(0.08, 0.2),
+        "band": bool(rng.random() < 0.4),
+        "flag": bool(rng.random() < 0.3),
+    }
 
 
 def tell_landmark(p: dict) -> tuple[str, str, list[str]]:
@@ -192,7 +208,71 @@ def draw_landmark(p: dict, v: dict, rng) -> Canvas:
     return canvas
 
 
+def window(canvas, x, y, width, height, arched, color) -> None:
+    canvas.polygon(
+        [
+            (x - width, y - height),
+            (x + width, y - height),
+            (x + width, y + height * 0.5),
+            (x - width, y + height * 0.5),
+        ],
+        color,
+    )
+    if arched:
+        canvas.ellipse(x, y + height * 0.5, width, height * 0.5, color)
+
+
+def draw_roof(canvas, p, x, top, width) -> None:
+    color, height = p["roof_color"], p["roof_height"]
+    if p["roof"] == "pointed":
+        canvas.polygon([(x - width, top), (x + width, top), (x, top + height * 1.3)], color)
+        canvas.polygon([(x + width * 0.4, top), (x + width, top), (x, top + height * 1.3)], tone(color, 0.75))
+    elif p["roof"] == "domed":
+        canvas.polygon(np.maximum(ellipse(x, top, width, height), (-2, top)), color)
+        canvas.ellipse(x - width * 0.3, top + height * 0.4, width * 0.25, height * 0.25, tone(color, 1.35))
+    elif p["roof"] == "flat":
+        canvas.polygon(
+            [
+                (x - width * 1.1, top),
+                (x + width * 1.1, top),
+                (x + width * 1.1, top + 0.07),
+                (x - width * 1.1, top + 0.07),
+            ],
+            color,
+        )
+    else:
+        for step in range(3):
+            w, y = width * (1 - 0.3 * step), top + height * 0.33 * step
+            canvas.polygon(
+                [(x - w, y), (x + w, y), (x + w, y + height * 0.34), (x - w, y + height * 0.34)],
+                tone(color, 1 - 0.1 * step),
+            )
+    if p["flag"]:
+        canvas.line([(x, top), (x, top + height + 0.3)], (60, 60, 60), 0.02)
+        canvas.polygon(
+            [(x, top + height + 0.3), (x + 0.16, top + height + 0.25), (x, top + height + 0.2)], (215, 60, 50)
+        )
+
+
 # --- nature ----------------------------------------------------------------------------------------------------------
+
+
+def make_flower(rng) -> dict:
+    return {
+        "petals": int(rng.choice([4, 5, 6, 8, 12])),
+        "color": (color := str(rng.choice(["red", "orange", "yellow", "blue", "purple", "pink", "white"]))),
+        "petal_color": near(rng, color, 20),
+        "length": rng.uniform(0.5, 0.85),
+        "width": rng.uniform(0.45, 1.1),
+        "tip": rng.uniform(-0.25, 0.45),
+        "stripe": rng.uniform(0, 1) * (rng.random() < 0.5),
+        "stripe_color": near(rng, str(rng.choice(["red", "purple", "white", "yellow", "pink"]))),
+        "ring": bool(rng.random() < 0.35),
+        "centre": (centre := str(rng.choice(["yellow", "brown"]))),
+        "centre_color": near(rng, centre),
+        "centre_size": rng.uniform(0.1, 0.26),
+        "leaf": rng.uniform(0.1, 0.22),
+    }
 
 
 def tell_flower(p: dict) -> tuple[str, str, list[str]]:
@@ -261,6 +341,27 @@ def draw_flower(p: dict, v: dict, rng) -> Canvas:
 
 
 # --- sketches --------------------------------------------------------------------------------------------------------
+
+
+def make_fish(rng) -> dict:
+    return {
+        "length": rng.uniform(0.42, 0.7),
+        "shape": (shape := str(rng.choice(["slim", "round"]))),
+        "height": rng.uniform(0.16, 0.26) if shape == "slim" else rng.uniform(0.33, 0.48),
+        "tail": str(rng.choice(["forked", "rounded", "pointed"])),
+        "tail_size": rng.uniform(0.2, 0.4),
+        "pattern": str(rng.choice(["stripes", "spots", "scales", "no pattern"])),
+        "marks": int(rng.integers(3, 8)),
+        "slant": rng.uniform(-0.5, 0.5),
+        "fin": rng.uniform(0.1, 0.42),
+        "fin_place": rng.uniform(-0.3, 0.3),
+        "belly_fin": rng.uniform(0, 0.3),
+        "eye": rng.uniform(0.035, 0.09),
+        "eye_place": rng.uniform(0.55, 0.8),
+        "mouth": rng.uniform(-0.1, 0.1),
+        "gill": bool(rng.random() < 0.5),
+        "whiskers": bool(rng.random() < 0.25),
+    }
 
 
 def tell_fish(p: dict) -> tuple[str, str, list[str]]:
@@ -352,6 +453,62 @@ def draw_fish(p: dict, v: dict, rng) -> Canvas:
 # --- objects ---------------------------------------------------------------------------------------------------------
 
 
+SYMBOLS = dict(
+    zip(
+        "♥♠♣★☂☎✈♫☀⚓✿⚑☾✚☘♞✉⚡",
+        [
+            "heart",
+            "spade",
+            "club",
+            "star",
+            "umbrella",
+            "telephone",
+            "plane",
+            "note",
+            "sun",
+            "anchor",
+            "blossom",
+            "flag",
+            "moon",
+            "cross",
+            "clover",
+            "horse",
+            "envelope",
+            "flash",
+        ],
+        strict=True,
+    )
+)
+GLYPHS = {"letter": "ABCDEFGHJKLMNPQRSTUVWXYZ", "number": "23456789", "symbol": "".join(SYMBOLS)}
+FONTS = ("DejaVuSans-Bold.ttf", "DejaVuSerif-Bold.ttf", "DejaVuSansMono.ttf")
+
+
+def make_badge(rng) -> dict:
+    kind = str(rng.choice(list(GLYPHS)))
+    return {
+        "shape": str(rng.choice(["round", "square", "six-sided", "star-shaped", "shield-shaped"])),
+        "color": (color := str(rng.choice(["red", "orange", "yellow", "green", "blue", "purple", "black"]))),
+        "badge_color": near(rng, color),
+        "kind": kind,
+        "glyph": str(rng.choice(list(GLYPHS[kind]))),
+        "font": FONTS[0] if kind == "symbol" else str(rng.choice(FONTS)),
+        "glyph_color": near(
+            rng,
+            str(
+                rng.choice(
+                    ["white", "yellow", "pink"]
+                    if color in ("black", "blue", "purple", "green", "red")
+                    else ["black", "blue", "white"]
+                )
+            ),
+        ),
+        "border": rng.uniform(0, 0.16),
+        "border_color": near(rng, str(rng.choice(["white", "black", "yellow", "gray", "brown"]))),
+        "glyph_size": rng.uniform(0.75, 1.1),
+        "bar": bool(rng.random() < 0.25),
+    }
+
+
 def tell_badge(p: dict) -> tuple[str, str, list[str]]:
     glyph = SYMBOLS.get(p["glyph"], p["glyph"].lower())
     letters = {FONTS[0]: "", FONTS[1]: " with serifs", FONTS[2]: " in thin strokes"}
@@ -413,7 +570,69 @@ def draw_badge(p: dict, v: dict, rng) -> Canvas:
     return canvas
 
 
+@cache
+def glyph_outline(glyph: str, font: str) -> list[np.ndarray]:
+    """Outlines of one character, centred, largest first; holes are told by their turning direction."""
+    path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / font
+    outlines = TextPath((0, 0), glyph, size=1, prop=FontProperties(fname=str(path))).to_polygons()
+    low = np.min([o.min(0) for o in outlines], axis=0)
+    high = np.max([o.max(0) for o in outlines], axis=0)
+    centred = [(o - (low + high) / 2) / (high - low).max() for o in outlines]
+    return sorted(centred, key=lambda o: -abs(turning(o)))
+
+
+def turning(outline: np.ndarray) -> float:
+    """Twice the signed area: negative for a TrueType outer outline, positive for a hole."""
+    x, y = outline.T
+    return float(x @ np.roll(y, -1) - y @ np.roll(x, -1))
+
+
+def badge_outline(shape: str) -> np.ndarray:
+    if shape == "round":
+        return ellipse(0, 0, 0.72, 0.72, points=40)
+    if shape == "square":
+        return np.array([(-0.64, -0.64), (0.64, -0.64), (0.64, 0.64), (-0.64, 0.64)])
+    if shape == "six-sided":
+        return ellipse(0, 0, 0.76, 0.76, points=6)
+    if shape == "star-shaped":
+        star = ellipse(0, 0, 0.88, 0.88, points=16)
+        star[1::2] *= 0.72
+        return star
+    return np.array(
+        [
+            (-0.64, 0.68),
+            (0, 0.78),
+            (0.64, 0.68),
+            (0.62, -0.05),
+            (0.36, -0.55),
+            (0, -0.82),
+            (-0.36, -0.55),
+            (-0.62, -0.05),
+        ]
+    )
+
+
 # --- products --------------------------------------------------------------------------------------------------------
+
+
+def make_vase(rng) -> dict:
+    return {
+        "profile": rng.uniform(0.14, 0.52, 5) * (0.75, 1.0, 1.1, 0.8, 0.75),
+        "height": rng.uniform(0.55, 0.8),
+        "color": (color := str(rng.choice(["red", "green", "blue", "white", "brown", "black"]))),
+        "vase_color": near(rng, color, 18),
+        "pattern": str(rng.choice(["plain", "striped", "dotted", "zigzag"])),
+        "pattern_color": near(
+            rng, str(rng.choice([c for c in ("yellow", "white", "orange", "blue", "pink", "black") if c != color]))
+        ),
+        "bands": int(rng.integers(1, 4)),
+        "place": rng.uniform(-0.5, 0.2),
+        "step": rng.uniform(0.18, 0.32),
+        "thick": rng.uniform(0.04, 0.11),
+        "marks": int(rng.integers(4, 9)),
+        "handles": bool(rng.random() < 0.45),
+        "handle_size": rng.uniform(0.12, 0.24),
+    }
 
 
 def tell_vase(p: dict) -> tuple[str, str, list[str]]:
@@ -498,7 +717,52 @@ def draw_vase(p: dict, v: dict, rng) -> Canvas:
     return canvas
 
 
+def smooth(y, knots, values):
+    """Cubic-like interpolation by averaging three shifted linear ones: no bumps, no overshoot."""
+    gap = (knots[1] - knots[0]) * 0.35
+    return np.mean([np.interp(np.asarray(y) + d, knots, values) for d in (-gap, 0, gap)], axis=0)
+
+
 # --- faces -----------------------------------------------------------------------------------------------------------
+
+
+HAIR = {
+    "black": (45, 38, 38),
+    "brown": (105, 68, 42),
+    "blond": (222, 188, 105),
+    "red": (175, 80, 40),
+    "gray": (165, 162, 160),
+}
+SKIN = ((250, 220, 196), (238, 195, 160), (214, 160, 118), (165, 112, 76), (112, 74, 52))
+
+
+def make_face(rng) -> dict:
+    hair = str(rng.choice(list(HAIR)))
+    return {
+        "hair": hair,
+        "hair_color": tuple(np.clip(np.array(HAIR[hair]) + rng.normal(0, 10, 3), 0, 255)),
+        "style": str(rng.choice(["short", "long", "curly"])),
+        "hair_height": rng.uniform(0.1, 0.3),
+        "fringe": rng.uniform(0.2, 0.45),
+        "skin": tuple(np.clip(np.array(SKIN[rng.integers(len(SKIN))]) + rng.normal(0, 7, 3), 0, 255)),
+        "width": rng.uniform(0.4, 0.56),
+        "height": rng.uniform(0.54, 0.7),
+        "jaw": rng.uniform(0.65, 1.0),
+        "eyes": rng.uniform(0.16, 0.25),
+        "eye_size": rng.uniform(0.055, 0.1),
+        "eye_height": rng.uniform(0.02, 0.16),
+        "eye_color": near(rng, str(rng.choice(["blue", "brown", "green", "black"]))),
+        "brow": rng.uniform(0.02, 0.06),
+        "brow_slant": rng.uniform(-0.05, 0.05),
+        "nose": rng.uniform(0.1, 0.22),
+        "nose_width": rng.uniform(0.04, 0.1),
+        "mouth": rng.uniform(0.12, 0.25),
+        "lips": rng.uniform(0.025, 0.06),
+        "glasses": bool(rng.random() < 0.35),
+        "glasses_color": near(rng, str(rng.choice(["black", "red", "blue", "brown"]))),
+        "beard": bool(rng.random() < 0.3),
+        "ears": rng.uniform(0.06, 0.12),
+    }
 
 
 def tell_face(p: dict) -> tuple[str, str, list[str]]:
@@ -598,230 +862,3 @@ PAINTERS: dict[str, tuple[Callable, Callable, Callable, Callable, Callable]] = {
     "products": (make_vase, tell_vase, view_vase, tell_vase_view, draw_vase),
     "faces": (make_face, tell_face, view_face, tell_face_view, draw_face),
 }
-
-
-# --- things, views and their captions --------------------------------------------------------------------------------
-
-
-def stream(*numbers: int) -> np.random.Generator:
-    return np.random.default_rng(numbers)
-
-
-def make_thing(split: str, domain: str, number: int, seed: int = 0) -> dict:
-    """The parameters of a thing in a split's stream of them; `class_numbers` says which of the stream a split has."""
-    return PAINTERS[domain][0](stream(seed, SPLITS[split][0], DOMAINS.index(domain), number))
-
-
-def tell_thing(domain: str, thing: dict) -> tuple[str, str, list[str]]:
-    """What it is, that with one property, and the details: words for all that the eye can see of a thing."""
-    coarse, middle, details = PAINTERS[domain][1](thing)
-    return coarse, middle, [detail for detail in details if detail]  # what is middling goes unsaid
-
-
-def make_view(split: str, domain: str, number: int, view: int, seed: int = 0) -> dict:
-    """All parameters of one view: ground, side, size (by domain), what stands in front, and the light."""
-    shifted = split == "shifted"
-    own = "train" if split == "train_noisy" else split  # the same pictures
-    rng = stream(seed, list(SPLITS).index(own), DOMAINS.index(domain), number, view)
-    made = PAINTERS[domain][2](rng)
-    made["front"] = None
-    if rng.random() < (0.5 if shifted else 0.3):
-        angle, color = rng.uniform(0, 2 * np.pi), str(rng.choice(list(COLORS)))
-        leaf = (rng.uniform(0.3, 0.6), rng.uniform(0.12, 0.28), near(rng, color), rng.uniform(0, 3.1))
-        made["front"] = (color, (0.95 * np.cos(angle), 0.95 * np.sin(angle), *leaf))
-    strength = rng.uniform(0, 0.4 if shifted else 0.2)
-    made["light"] = {
-        "angle": rng.uniform(0, 2 * np.pi),
-        "strength": strength,
-        "gain": rng.choice([0.6, 0.75, 1.35]) if shifted else rng.uniform(0.78, 1.18),
-        "cast": rng.normal(1, 0.1 if shifted else 0.05, 3),
-        "gray": bool(shifted and rng.random() < 0.35),
-        "noise": rng.uniform(8, 18) if shifted else rng.uniform(1, 6),
-    }
-    return made
-
-
-def tell_view(domain: str, view: dict) -> list[str]:
-    """Words for a view, the most visible ones first."""
-    told = [part.strip() for part in PAINTERS[domain][3](view) if part.strip()]
-    if view["front"]:
-        told.insert(1, an(f"{view['front'][0]} leaf in front"))
-    light = graded(view["light"]["gain"], "in dim light", 0.88, "", 1.08, "in bright light")
-    return [*told, light] if light else told
-
-
-OTHER_WORDS = {  # the same thing in other words, which the finest caption never has
-    "building": ("house", "castle", "hall"),
-    "flower": ("blossom", "bloom"),
-    "fish": ("fish drawn in pencil", "fish on paper"),
-    "badge": ("sign", "button"),
-    "vase": ("jar", "pot"),
-    "face": ("person", "portrait"),
-}
-
-
-def captions(domain: str, thing: dict, view: dict, rng) -> list[str]:
-    """Five captions of an image, from coarse to fine: what it is, one property, two details, the view, all details.
-
-    The fine ones begin like the coarse ones; which details the third has, and its words, are drawn for each image.
-    """
-    coarse, middle, details = tell_thing(domain, thing)
-    word = next(word for word in OTHER_WORDS if word in coarse)
-    some = [details[i] for i in np.sort(rng.permutation(len(details))[:2])]
-    other = coarse.replace(word, str(rng.choice((word, *OTHER_WORDS[word]))))
-    other = other.replace("a sketch of ", "") if "pencil" in other or "paper" in other else other
-    seen = tell_view(domain, view)
-    return [
-        coarse,
-        middle,
-        f"{other}: {listed(some)}" if some else other,
-        f"{coarse}, {', '.join(seen[:3])}",
-        finest(domain, thing),
-    ]
-
-
-def finest(domain: str, thing: dict) -> str:
-    """All details of a thing in one text, which tells it from almost every other."""
-    _, middle, details = tell_thing(domain, thing)
-    return f"{middle}, {listed(details)}" if details else middle
-
-
-@functools.cache
-def class_numbers(split: str, domain: str, seed: int = 0) -> tuple[int, ...]:
-    """The things of a split, as numbers in its stream. In `captions` and `captions_validation` no two finest texts are
-    alike, and no other split that teaches text holds one of them."""
-    _, wanted, _ = SPLITS[split]
-    if split not in ("captions", "captions_validation", "pairs", "bank", "references"):
-        return tuple(range(wanted))
-    taken = set()
-    if split != "captions":
-        taken |= finest_texts("captions", domain, seed)
-    if split not in ("captions", "captions_validation"):
-        taken |= finest_texts("captions_validation", domain, seed)
-    numbers, number = [], 0
-    while len(numbers) < wanted:
-        thing, asked = make_thing(split, domain, number, seed), split.startswith("captions")
-        text, told = finest(domain, thing), len(tell_thing(domain, thing)[2])
-        if text not in taken and (told > 1 or not asked):  # a thing with nothing special has no text of its own
-            numbers.append(number)
-            taken |= {text} if asked else set()
-        number += 1
-    return tuple(numbers)
-
-
-@functools.cache
-def finest_texts(split: str, domain: str, seed: int = 0) -> frozenset[str]:
-    return frozenset(finest(domain, make_thing(split, domain, n, seed)) for n in class_numbers(split, domain, seed))
-
-
-def views_of(split: str) -> list[int]:
-    """How many images each class of a domain has: all as many, or in uneven splits as in life, a few of them most."""
-    _, classes, views = SPLITS[split]
-    if split not in UNEVEN:
-        return [views] * classes
-    least = 1 if views < 10 else 3
-    shares = 1 / np.arange(4, classes + 4) ** 0.8  # Zipf's law, flattened at its head
-    sizes = np.maximum(least, np.floor(shares / shares.sum() * (views - least) * classes + least)).astype(int)
-    sizes[: views * classes - sizes.sum()] += 1
-    return stream(classes, views).permutation(sizes).tolist()  # which class is large says nothing about it
-
-
-# --- pictures --------------------------------------------------------------------------------------------------------
-
-
-def draw_image(split: str, domain: str, number: int, view: int, seed: int = 0) -> np.ndarray:
-    """One view of one thing: uint8 (64, 64, 3)."""
-    thing, seen = make_thing(split, domain, number, seed), make_view(split, domain, number, view, seed)
-    own = "train" if split == "train_noisy" else split
-    hand = stream(seed, list(SPLITS).index(own), DOMAINS.index(domain), number, view, 1)  # tremble and grain
-    canvas = PAINTERS[domain][4](thing, seen, hand)
-    if seen["front"]:
-        canvas.place()
-        canvas.ellipse(*seen["front"][1])
-    return photograph(np.asarray(canvas.image.reduce(canvas.pixels // SIZE), dtype=np.float32), seen["light"], hand)
-
-
-def photograph(image: np.ndarray, light: dict, rng) -> np.ndarray:
-    """Light from one side, its strength and color, and grain; worse light is darker or brighter, often without color."""
-    y, x = np.mgrid[-1 : 1 : SIZE * 1j, -1 : 1 : SIZE * 1j].astype(np.float32)
-    slope = 1 + light["strength"] * (np.cos(light["angle"]) * x + np.sin(light["angle"]) * y)
-    image = image * slope[:, :, None] * (light["gain"] * light["cast"]).astype(np.float32)
-    if light["gray"]:
-        image = np.repeat(image @ np.array([[0.299], [0.587], [0.114]], dtype=np.float32), 3, axis=2)
-    return np.clip(image + rng.standard_normal(image.shape, dtype=np.float32) * light["noise"], 0, 255).astype(np.uint8)
-
-
-# --- splits, and their files -----------------------------------------------------------------------------------------
-
-
-def rows_of(split: str, seed: int = 0) -> list[tuple[str, int, int, int]]:
-    """(domain, class within the domain, number in the stream, view) of every image of a split, in order."""
-    sizes = views_of(split)
-    return [
-        (domain, place, number, view)
-        for domain in DOMAINS
-        for place, number in enumerate(class_numbers(split, domain, seed))
-        for view in range(sizes[place])
-    ]
-
-
-def load_split(split: str, cache: str | Path, seed: int = 0, report: Callable[[int, int], None] | None = None) -> dict:
-    """All images of a split, drawn on first use and then read from `cache`.
-
-    Returns images (n, 64, 64, 3) uint8 (memory-mapped), labels (n,) int64, groups (n,) domain names, captions (n lists
-    of five), names (label -> readable class name). `report(done, total)` is called while drawing.
-    """
-    if split not in SPLITS:
-        raise ValueError(f"the mini world has no split {split!r}; choose one of {', '.join(SPLITS)}")
-    rows, own = rows_of(split, seed), "train" if split == "train_noisy" else split
-    path, shape = Path(cache) / "mini_world" / f"{own}-seed{seed}-v{VERSION}.npy", (len(rows), SIZE, SIZE, 3)
-    if read_drawn(path, shape) is None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        images = np.empty(shape, dtype=np.uint8)
-        for i, (domain, _, number, view) in enumerate(rows):
-            images[i] = draw_image(own, domain, number, view, seed)
-            if report and i % 100 == 99:
-                report(i + 1, len(images))
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        with open(partial, "wb") as file:
-            np.save(file, images)
-        os.replace(partial, path)  # a reader sees the whole file or none
-    _, classes, _ = SPLITS[split]
-    labels = np.array([DOMAINS.index(domain) * classes + place for domain, place, _, _ in rows])
-    if split == "train_noisy":
-        labels = with_wrong_labels(labels, classes, seed)
-    return {
-        "images": read_drawn(path, shape),
-        "labels": labels,
-        "groups": np.array([domain for domain, _, _, _ in rows]),
-        "captions": [image_captions(split, domain, number, view, seed) for domain, _, number, view in rows],
-        "names": [f"{domain} {place}" for domain in DOMAINS for place in range(classes)],
-    }
-
-
-def image_captions(split: str, domain: str, number: int, view: int, seed: int = 0) -> list[str]:
-    """The five captions of one image (`captions`)."""
-    thing, seen = make_thing(split, domain, number, seed), make_view(split, domain, number, view, seed)
-    own = "train" if split == "train_noisy" else split
-    return captions(domain, thing, seen, stream(seed, list(SPLITS).index(own), DOMAINS.index(domain), number, view, 2))
-
-
-def with_wrong_labels(labels: np.ndarray, classes: int, seed: int = 0) -> np.ndarray:
-    """A tenth of the labels replaced by another class of the same domain, as tired annotators do."""
-    rng, labels = stream(seed, 99), labels.copy()
-    wrong = rng.choice(len(labels), round(WRONG_LABELS * len(labels)), replace=False)
-    shift = rng.integers(1, classes, len(wrong))
-    labels[wrong] = labels[wrong] // classes * classes + (labels[wrong] % classes + shift) % classes
-    return labels
-
-
-SAYS_NOTHING = ("photo {}", "image {}", "dsc {}", "untitled", "my favourite", "click to enlarge", "new arrivals")
-LEVELS = (0.1, 0.1, 0.2, 0.15, 0.45)  # how often each of the five captions stands for an image
-
-
-def web_caption(captions: list[list[str]], row: int, rng, wrong: float = 0.3, empty: float = 0.05) -> str:
-    """A caption of an image as the web would have it: a share of them belong to another image, some say nothing."""
-    if rng.random() < empty:
-        return str(rng.choice(SAYS_NOTHING)).format(rng.integers(1000, 9999))
-    row = int(rng.integers(len(captions))) if rng.random() < wrong else row
-    return captions[row][rng.choice(len(LEVELS), p=LEVELS)]

@@ -1,0 +1,66 @@
+"""Make all that the course ships from nothing but its code: `make world`.
+
+First the mini CLIP, then notebooks 03 to 06 with every loss and seed; after each, what it saved is copied to `mini_tuned/`.
+Begun trainings are kept in `.cache/` and `runs/world/`: after a break the same command goes on, and repeats no finished one.
+"""
+
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+DATA = Path(__file__).resolve().parent
+sys.path.insert(0, str(DATA.parent / "notebooks"))
+from run import run_notebook  # noqa: E402
+
+RUNS = DATA.parent / "runs" / "world"
+MADE = {  # notebook: its parameters, and what of its results is shipped under which name
+    "03_finetune_arcmargin": (
+        {"train": "all"},
+        {
+            "03_arcmargin.safetensors": "arcmargin.safetensors",
+            "03_arcmargin.json": "arcmargin.json",
+            "03_runs.npz": "runs.npz",
+        },
+    ),
+    "04_realign_text_mcip": (
+        {"train": "all"},
+        {
+            "04_ship_2sft.safetensors": "2sft.safetensors",
+            "04_ship_mcip_realigned.safetensors": "mcip_realigned.safetensors",
+            "04_runs.npz": "text_runs.npz",
+        },
+    ),
+    "05_average_soups": ({}, {}),  # ships nothing, but has to run with what was made
+    "06_normalize_neighbors_nnn": ({}, {}),
+}
+
+
+def make(name: str, parameters: dict, shipped: dict[str, str]) -> str | None:
+    """Run a notebook and copy what it ships; None when all went well, else what went wrong and where."""
+    path = DATA.parent / "notebooks" / f"{name}.ipynb"
+    failed = run_notebook(path, RUNS / path.name, {"profile": "world"} | parameters)
+    for made, file in shipped.items() if not failed else ():
+        shutil.copyfile(RUNS / made, DATA / "mini_tuned" / file)
+    return failed
+
+
+def main() -> int:
+    started = time.time()
+    RUNS.mkdir(parents=True, exist_ok=True)
+    subprocess.run([sys.executable, str(DATA / "pretrain_mini_clip.py")], check=True)
+    print(f"mini CLIP: {(time.time() - started) / 60:.0f} min", flush=True)
+    for name, (parameters, shipped) in MADE.items():
+        begun = time.time()
+        print(f"{name} ...", end=" ", flush=True)
+        if failed := make(name, parameters, shipped):
+            print(f"failed at {failed}\nThe executed copy is in {RUNS}; the same command goes on.")
+            return 1
+        print(f"{(time.time() - begun) / 60:.0f} min", flush=True)
+    print(f"all of it: {(time.time() - started) / 60:.0f} min")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
