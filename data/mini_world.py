@@ -57,6 +57,7 @@ def stream(*numbers: int) -> np.random.Generator:
     return np.random.default_rng(numbers)
 
 
+@functools.lru_cache(maxsize=64)  # its views come one after the other
 def make_thing(split: str, domain: str, number: int, seed: int = 0) -> dict:
     """The parameters of a thing in a split's stream of them; `class_numbers` says which of the stream a split has."""
     return PAINTERS[domain][0](stream(seed, SPLITS[split][0], DOMAINS.index(domain), number))
@@ -68,6 +69,7 @@ def tell_thing(domain: str, thing: dict) -> tuple[str, str, list[str]]:
     return coarse, middle, [detail for detail in details if detail]  # what is middling goes unsaid
 
 
+@functools.lru_cache(maxsize=64)  # drawn, then told
 def make_view(split: str, domain: str, number: int, view: int, seed: int = 0) -> dict:
     """All parameters of one view: ground, side, size (by domain), what stands in front, and the light."""
     shifted = split == "shifted"
@@ -192,7 +194,8 @@ def draw_image(split: str, domain: str, number: int, view: int, seed: int = 0) -
 
 def photograph(image: np.ndarray, light: dict, rng) -> np.ndarray:
     """Light from one side, its strength and color, and grain; worse light is darker or brighter, often without color."""
-    y, x = np.mgrid[-1 : 1 : SIZE * 1j, -1 : 1 : SIZE * 1j].astype(np.float32)
+    x = np.linspace(-1, 1, SIZE, dtype=np.float32)
+    y = x[:, None]
     slope = 1 + light["strength"] * (np.cos(light["angle"]) * x + np.sin(light["angle"]) * y)
     image = image * slope[:, :, None] * (light["gain"] * light["cast"]).astype(np.float32)
     if light["gray"]:
@@ -224,13 +227,17 @@ def load_split(split: str, cache: str | Path, seed: int = 0, report: Callable[[i
         raise ValueError(f"the mini world has no split {split!r}; choose one of {', '.join(SPLITS)}")
     rows, own = rows_of(split, seed), "train" if split == "train_noisy" else split
     path, shape = Path(cache) / "mini_world" / f"{own}-seed{seed}-v{VERSION}.npy", (len(rows), SIZE, SIZE, 3)
+    captions, images = [], None
     if read_drawn(path, shape) is None:
         path.parent.mkdir(parents=True, exist_ok=True)
         images = np.empty(shape, dtype=np.uint8)
-        for i, (domain, _, number, view) in enumerate(rows):
-            images[i] = draw_image(own, domain, number, view, seed)
+    for i, (domain, _, number, view) in enumerate(rows):
+        captions.append(image_captions(split, domain, number, view, seed))
+        if images is not None:
+            images[i] = draw_image(split, domain, number, view, seed)
             if report and i % 100 == 99:
                 report(i + 1, len(images))
+    if images is not None:
         partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
         with open(partial, "wb") as file:
             np.save(file, images)
@@ -239,7 +246,6 @@ def load_split(split: str, cache: str | Path, seed: int = 0, report: Callable[[i
     labels = np.array([DOMAINS.index(domain) * classes + place for domain, place, _, _ in rows])
     if split == "train_noisy":
         labels = with_wrong_labels(labels, classes, seed)
-    captions = [image_captions(split, domain, number, view, seed) for domain, _, number, view in rows]
     return {
         "images": read_drawn(path, shape),
         "labels": labels,
