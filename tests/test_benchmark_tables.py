@@ -475,7 +475,7 @@ def test_the_mini_table_is_compared_with_the_scores_of_the_very_weights_that_are
         "zero-shot, shifted",
         "text to image R@5, shifted",
     }
-    assert known["arcmargin"]["image to image mAP"] > 65 and all(
+    assert known["arcmargin"]["image to image mAP"] > 60 and all(
         0 < v < 100 for s in known.values() for v in s.values()
     )
 
