@@ -31,6 +31,7 @@ from gpnns_utils.painters import COLORS, DOMAINS, PAINTERS, SIZE, an, graded, li
 
 # split: (number of the class stream, classes per domain, images per class on average). `shifted` shows the classes of
 # `test` in another light; `train_noisy` is `train` with wrong labels. References for hubs come from classes of their own.
+# New splits go to the end: the views of a split depend on its place in this list.
 SPLITS = {
     "pairs": (0, 600, 4),
     "train": (1, 120, 10),
