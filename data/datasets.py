@@ -203,7 +203,8 @@ def class_texts(images: ImageSet) -> tuple[list[str], np.ndarray]:
     """
     shared = {}
     for label, captions in zip(images.labels, images.captions or [[]] * len(images), strict=True):
-        shared[label] = shared.get(label, set(captions)) & set(captions)
+        told = {caption for caption in captions if caption.strip()}
+        shared[label] = shared.get(label, told) & told
     text_of = {label: max(sorted(told), key=len, default=images.names[label]) for label, told in shared.items()}
     number = {text: i for i, text in enumerate(sorted(set(text_of.values())))}
     return list(number), np.array([number[text_of[label]] for label in images.labels], dtype=np.int64)

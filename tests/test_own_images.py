@@ -253,6 +253,10 @@ def test_the_text_of_a_class_is_the_longest_caption_that_all_its_images_share_or
     images = gu.ImageSet("pets", [f"{i}.png" for i in range(5)], [0, 0, 1, 1, 2], None, told, ["cat", "dog", "bird"])
     texts, own = gu.class_texts(images)
     assert texts == ["a bird", "a red cat", "dog"] and own.tolist() == [1, 1, 2, 2, 0]
+    blank = gu.ImageSet(
+        "pets", images.images, images.labels, captions=[[" "], [" "], [""], [""], []], names=images.names
+    )
+    assert gu.class_texts(blank)[0] == ["bird", "cat", "dog"], "a blank caption says nothing"
     without = gu.ImageSet("pets", images.images, images.labels, names=images.names)
     assert gu.class_texts(without)[0] == ["bird", "cat", "dog"], "no captions at all: names"
 
