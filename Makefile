@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export GPNNS_CACHE ?= $(CURDIR)/.cache
 
-.PHONY: help course test test-all lab app site render world bench check clean
+.PHONY: help course test test-all lab app site render world claims bench check clean
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
@@ -34,6 +34,9 @@ render: $(VENV)/.ready  ## refresh the outputs that are committed with the noteb
 
 world: $(VENV)/.ready  ## make the weights and scores that are shipped anew, from code alone; goes on after a break
 	$(BIN)/python data/make_world.py
+
+claims: $(VENV)/.ready  ## the table of the papers' claims, data/claims.csv, from the shipped scores; what is missing is trained
+	$(BIN)/python data/claims_table.py
 
 bench: $(VENV)/.ready  ## timings beside other libraries, in runs/bench.json
 	$(BIN)/python tests/benchmarks/bench.py

@@ -903,6 +903,11 @@ def load_published(name: str) -> list[dict]:
         raise FileNotFoundError(
             f"no published table {name!r}; there are {', '.join(sorted(p.stem for p in path.parent.glob('*.csv')))}"
         )
+    return numbers_of(path)
+
+
+def numbers_of(path: Path) -> list[dict]:
+    """A small table of the course, such as data/claims.csv: one dict per row, numbers as int or float, empty cells as None."""
     with open(path, encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     return [{key: None if value == "" else number_or_text(value) for key, value in row.items()} for row in rows]

@@ -2,10 +2,11 @@
 
 Reached as `gpnns_utils.training`, which loads it when it is first named: whoever only searches never imports it.
 
-the margin -> data -> what is trained -> the loop -> several processes -> its parts
+the margin -> other losses -> data -> captions -> what is trained -> the loop -> several processes -> its parts
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -34,6 +35,7 @@ from safetensors.torch import load_file
 from timm.optim import param_groups_layer_decay
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset, default_collate
 from torchvision import transforms
 
@@ -140,6 +142,51 @@ def class_means(embeddings: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return (sums / counts[:, None]).astype(np.float32)
 
 
+# --- other losses ----------------------------------------------------------------------------------------------------
+
+
+class Softmax(torch.nn.Module):
+    """The plain softmax that GP-NNS compares with: dot products as they are, no unit vectors, no scale, no margin.
+
+    start: (classes, dim) directions of the first proxies. forward as in ArcMargin.
+    """
+
+    def __init__(self, start: np.ndarray):
+        super().__init__()
+        self.proxies = torch.nn.Parameter(F.normalize(torch.as_tensor(start, dtype=torch.float32)))
+
+    def forward(self, embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(F.linear(embeddings.float(), self.proxies), labels)
+
+
+class ProxyAnchor(torch.nn.Module):
+    """Each proxy of a batch's classes pulls its own images and pushes all others, by soft maxima over the batch.
+
+    start: (classes, dim) directions of the first proxies. Source: Proxy Anchor (2003.13911), equation 4; margin 0.1 and,
+    as in GP-NNS, sharpness sqrt(dim). forward as in ArcMargin.
+    """
+
+    def __init__(self, start: np.ndarray, margin: float = 0.1):
+        super().__init__()
+        self.proxies = torch.nn.Parameter(torch.as_tensor(start, dtype=torch.float32).clone())
+        self.margin, self.sharpness = margin, start.shape[1] ** 0.5
+
+    def forward(self, embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        cosines = F.linear(F.normalize(embeddings.float()), F.normalize(self.proxies))
+        own = F.one_hot(labels, len(self.proxies)).bool()
+        pull = torch.where(own, -self.sharpness * (cosines - self.margin), -torch.inf)
+        push = torch.where(own, -torch.inf, self.sharpness * (cosines + self.margin))
+        return F.softplus(pull[:, own.any(dim=0)].logsumexp(0)).mean() + F.softplus(push.logsumexp(0)).mean()
+
+
+def margins_by_count(counts: np.ndarray, low: float = 0.05, high: float = 0.5) -> np.ndarray:
+    """A margin per class, from `high` for the rarest to `low` for the most frequent, by counts ** -1/4. Source: the code of
+    GUIE's fourth place (2210.11141)."""
+    rarity = np.asarray(counts, dtype=float) ** -0.25
+    spread = rarity.max() - rarity.min()
+    return low + (high - low) * (rarity - rarity.min()) / (spread or 1)
+
+
 # --- data ------------------------------------------------------------------------------------------------------------
 
 
@@ -236,6 +283,79 @@ def batches(
         yield [(epoch if weights is None else epoch * count + i, int(order[i])) for i in places]
 
 
+# --- captions --------------------------------------------------------------------------------------------------------
+
+
+def multi_caption_loss(
+    embeddings: torch.Tensor, captions: torch.Tensor, own: torch.Tensor, scale: float = 30.0, margin: float = 0.1
+) -> torch.Tensor:
+    """MCIP's loss of images (n, d) among unit captions (m, d), own: bool (n, m), which captions belong to which image.
+
+    A softmax over all captions of the batch, the own ones made harder by a margin, against equal shares for them; plus a
+    tenth of the largest term of a caption that is not the image's own. Source: 2409.01936, MCArcMargin.
+    """
+    with torch.autocast(embeddings.device.type, enabled=False):
+        if own.shape[1] == 0:
+            return 0.0 * embeddings.float().sum()
+        cosines = F.linear(F.normalize(embeddings.float()), captions.float())
+        harder = arc_margin(cosines, torch.tensor(margin, device=cosines.device))
+        surprise = -F.log_softmax(scale * torch.where(own, harder, cosines), dim=1)
+        target = own / own.sum(dim=1, keepdim=True).clamp(min=1)
+        return ((target * surprise).sum(dim=1) + 0.1 * ((1 - target) * surprise).amax(dim=1)).mean()
+
+
+def batch_captions(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The different captions of a batch, rows (m,) of the bank, and which image has which, bool (n, m); rows: (n, top)
+    int64, -1 for none. A caption of two images belongs to both."""
+    image, place = torch.nonzero(rows >= 0, as_tuple=True)
+    columns, where = rows[image, place].unique(return_inverse=True)
+    own = torch.zeros(len(rows), len(columns), dtype=torch.bool, device=rows.device)
+    own[image, where] = True
+    return columns, own
+
+
+class CaptionedImages(TrainingImages):
+    """(view, class number, rows of its captions) by row; rows: (n, top) int64 into `texts`, -1 for none."""
+
+    def __init__(self, images: gu.ImageSet, transform: Callable, rows: np.ndarray, texts: Sequence[str]):
+        super().__init__(images, transform)
+        self.rows, self.texts = rows, texts
+
+    def describe(self) -> bytes:
+        return super().describe() + self.rows.tobytes() + repr(self.texts).encode()
+
+    def __getitem__(self, row: int) -> tuple[torch.Tensor, int, np.ndarray]:
+        return *super().__getitem__(row), self.rows[row]
+
+
+def info_nce(images: torch.Tensor, texts: torch.Tensor, scale: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """CLIP's loss of unit rows (n, d), both directions; pairs with equal caption numbers (n,) are right for each other."""
+    logits = scale * images @ texts.T
+    right = (numbers[:, None] == numbers).float()
+    right = right / right.sum(dim=1, keepdim=True)
+    return (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)) / 2
+
+
+class CaptionPairs(Dataset):
+    """(image feature, tokens of one of its captions, that caption's number) by row; features: (n, d) unit rows."""
+
+    def __init__(self, features: np.ndarray, captions: Sequence[Sequence[str]], tokenizer: Callable):
+        self.features, self.captions = torch.as_tensor(features), captions
+        self.numbers = {text: i for i, text in enumerate(sorted({text for texts in captions for text in texts}))}
+        self.tokens = functools.lru_cache(100_000)(lambda text: tokenizer([text])[0])
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def describe(self) -> bytes:
+        return self.features.numpy().tobytes() + repr(self.captions).encode()
+
+    def __getitem__(self, row: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+        texts = self.captions[row]
+        text = texts[int(torch.randint(len(texts), ()))]
+        return self.features[row], self.tokens(text), self.numbers[text]
+
+
 # --- what is trained -------------------------------------------------------------------------------------------------
 
 
@@ -250,6 +370,52 @@ class ImageObjective(torch.nn.Module):
 
     def forward(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return self.loss(self.encoder.image_tower(images), labels)
+
+
+class CaptionObjective(ImageObjective):
+    """MCIP: `loss` on classes and the caption loss on one embedding; captions: (m, d) unit rows of the frozen text tower,
+    weight: the caption loss's share of the total, from 0 to 1."""
+
+    def __init__(
+        self, encoder: gu.Encoder, loss: torch.nn.Module, captions: np.ndarray, weight: float, scale: float = 30.0
+    ):
+        super().__init__(encoder, loss)
+        self.captions, self.weight, self.scale = torch.from_numpy(captions), weight, scale
+
+    def forward(self, images: torch.Tensor, labels: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        embeddings = self.encoder.image_tower(images)
+        columns, own = batch_captions(rows)
+        captions = self.captions[columns.cpu()].to(embeddings.device)
+        words = multi_caption_loss(embeddings, captions, own, self.scale)
+        return (1 - self.weight) * self.loss(embeddings, labels) + self.weight * words
+
+
+class Realignment(torch.nn.Module):
+    """2SFT's second stage: InfoNCE between fixed image features and captions, which are encoded `chunk` at a time, so that
+    only so many texts' activations are in memory (GradCache, 2101.06983)."""
+
+    def __init__(self, model: torch.nn.Module, chunk: int = 1024):
+        super().__init__()
+        self.model, self.chunk = model, chunk
+
+    def forward(self, features: torch.Tensor, tokens: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+        encode, parts = self.model.encode_text, tokens.split(self.chunk)
+        texts = [encode(part) if len(parts) == 1 else checkpoint(encode, part, use_reentrant=False) for part in parts]
+        with torch.no_grad():  # as CLIP: a scale of at most 100
+            self.model.logit_scale.clamp_(0, math.log(100))
+        with torch.autocast(features.device.type, enabled=False):
+            texts, scale = F.normalize(torch.cat(texts).float()), self.model.logit_scale.float().exp()
+            return info_nce(features.float(), texts, scale, numbers)
+
+
+def text_parameters(model: torch.nn.Module, rate: float, weight_decay: float = 0.2) -> list[dict]:
+    """Groups for `fit` of the end of an open_clip model's text tower: last block, final norm, projection, and the scale."""
+    model.lock_text_tower(unlocked_layers=2)
+    text = [(name, value) for name, value in model.named_parameters() if not name.startswith(("visual.", "logit_"))]
+    text = [value for _, value in text if value.requires_grad]
+    groups = [{"params": [value for value in text if value.ndim > 1], "lr": rate, "weight_decay": weight_decay}]
+    small = [value for value in text if value.ndim <= 1] + [model.logit_scale]
+    return [*groups, {"params": small, "lr": rate, "weight_decay": 0.0}]
 
 
 def image_parameters(

@@ -1,0 +1,580 @@
+"""Train and score what the papers' claims compare, on the mini world; `claims_table.py` makes the table of it.
+
+Three seeds, each on a base of its own seed. The scores of every query are kept in `claims/`; what lies there is not
+trained again, so that everything goes on after a break. Rates and settings are chosen on the validation splits, with
+seed 0; the test is only measured.
+
+settings -> what is trained -> what is measured -> parts -> the plan
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+
+DATA = Path(__file__).resolve().parent
+sys.path.insert(0, str(DATA.parent))
+import gpnns_utils as gu  # noqa: E402
+from gpnns_utils import mini_world, training  # noqa: E402
+
+KEPT = DATA / "claims"
+RUNS = gu.work_folder() / "runs" / "claims"
+
+# --- settings --------------------------------------------------------------------------------------------------------
+
+SEEDS = (0, 1, 2)
+BASES = {  # what pretrain_mini_clip.py is called with; the base of seed 0 is the mini CLIP that is shipped
+    "0": [],
+    "1": ["--seed", "1"],
+    "2": ["--seed", "2"],
+    "epochs_5.5": ["--epochs", "5.5"],
+    "epochs_11": ["--epochs", "11"],
+    "clean_33": ["--epochs", "33", "--wrong", "0"],
+}
+SCALE, MARGIN, CAPTION_SCALE = 20.0, 0.3, 6.0
+RATES = (5e-4, 1e-3, 2e-3, 4e-3)
+TRAINING = {
+    "epochs": 3.0,
+    "batch_size": 64,
+}  # passes over `train`: every training takes as many steps, whatever its images
+PROXIES = {"lr": 5e-3, "weight_decay": 0.01}
+REALIGNING = {"epochs": 4.0, "batch_size": 256}
+KS, ALPHAS = (1, 2, 4, 8, 16, 32, 64, 128, 256), (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
+
+# --- what is trained -------------------------------------------------------------------------------------------------
+
+
+def base_folder(base: str) -> Path:
+    """The open_clip folder of a base, trained now where it is not there yet (about 24 minutes for 22 epochs)."""
+    folder = gu.DATA / "mini_clip" if base == "0" else RUNS / "bases" / base
+    if not (folder / "open_clip_model.safetensors").exists():
+        command = [sys.executable, str(DATA / "pretrain_mini_clip.py"), "--out", str(folder), *BASES[base]]
+        subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+    return folder
+
+
+def open_base(base: str) -> gu.Encoder:
+    """A base as an encoder; the architecture and the vocabulary are those of the mini CLIP."""
+    return gu.load_encoder("mini" if base == "0" else f"mini@{base_folder(base)}/open_clip_model.safetensors")
+
+
+@functools.cache
+def images_of(name: str) -> gu.ImageSet:
+    """A split of the mini world; "long_tail" is `train` with its small classes made smaller still: 2 to 45 images."""
+    if name != "long_tail":
+        return gu.load_images("mini", name)
+    images = gu.load_images("mini", "train")
+    counts = np.bincount(images.labels)
+    keep = np.maximum(2, np.round(counts**1.5 / counts.max() ** 0.5)).astype(int)
+    return images.subset(
+        np.concatenate([np.flatnonzero(images.labels == label)[: keep[label]] for label in range(len(counts))])
+    )
+
+
+@functools.cache
+def embedded(base: str, images: str) -> np.ndarray:
+    return gu.embed_images(open_base(base), images_of(images))
+
+
+def bank() -> list[str]:
+    return sorted({text for texts in images_of("bank").captions for text in texts})
+
+
+@functools.cache
+def captions_for(finder: str) -> tuple[np.ndarray, list[str]]:
+    """Captions for the training images: rows (n, top) into texts, -1 for none.
+
+    finder: a base, which finds the 20 nearest of the bank, of which the better half of all is kept; or "true_0.75": the
+    images' own captions, of which each is replaced by one of any other image unless a draw falls below 0.75.
+    """
+    photos = images_of("train")
+    if finder.startswith("true_"):
+        rng, texts = np.random.default_rng(0), sorted({text for own in photos.captions for text in own})
+        number = {text: i for i, text in enumerate(texts)}
+        rows = np.array([[number[text] for text in own] for own in photos.captions])
+        other = rows[rng.integers(len(rows), size=rows.shape), rng.integers(rows.shape[1], size=rows.shape)]
+        return np.where(rng.random(rows.shape) < float(finder.removeprefix("true_")), rows, other), texts
+    texts = bank()
+    scores, rows = gu.search(embedded(finder, "train"), gu.embed_texts(open_base(finder), texts), 20)
+    return np.where(scores > np.median(scores), rows, -1), texts
+
+
+def words_of(texts: list[str]) -> set[str]:
+    words = " ".join(texts).replace(",", " ").replace(":", " ").split()
+    return set(words) - {"a", "an", "the", "and", "with", "of", "in", "on"}
+
+
+def share_of_true_words(finder: str) -> float:
+    """The share of the words of an image's captions, by `finder`, that the image's own captions have too."""
+    rows, texts = captions_for(finder)
+    shares = []
+    for own, listed in zip(images_of("train").captions, rows, strict=True):
+        known = words_of(own)
+        shares += [len(words_of([texts[row]]) & known) / len(words_of([texts[row]])) for row in listed if row >= 0]
+    return float(np.mean(shares))
+
+
+def loss_of(way: str, start: np.ndarray, counts: np.ndarray) -> torch.nn.Module:
+    """The loss of a way to train, its proxies at the mean embeddings of the classes, `start`."""
+    options = {
+        "margin_0": {"margin": 0.0},
+        "adaptive": {"margin": training.margins_by_count(counts)},
+        "adaptive_narrow": {"margin": training.margins_by_count(counts, 0.2, 0.4)},
+        "subcenters": {"centers": 3},
+    }
+    if way in ("softmax", "proxyanchor"):
+        return {"softmax": training.Softmax, "proxyanchor": training.ProxyAnchor}[way](start)
+    return training.ArcMargin(
+        start.shape[1], len(start), **{"scale": SCALE, "margin": MARGIN} | options.get(way, {}), start=start
+    )
+
+
+def tuned(base: str, way: str, rate: float, images: str = "train", finder: str = "", weight: float = 0.0) -> gu.Encoder:
+    """A base whose image tower is fine-tuned; done at once when it was done before. With a finder: MCIP."""
+    seed, copy = int(base) if base.isdigit() else 0, open_base(base)
+    views = training.training_transform(copy, flip=0.0, jitter=0.0)
+    data = training.TrainingImages(images_of(images), views)
+    start = training.class_means(embedded(base, images), data.labels)
+    training.drop_patches(copy, 0.25)
+    torch.manual_seed(seed)
+    loss = loss_of(way, start, np.bincount(data.labels))
+    objective = training.ImageObjective(copy, loss)
+    if finder:
+        rows, texts = captions_for(finder)
+        data = training.CaptionedImages(images_of(images), views, rows, texts)
+        captions = gu.embed_texts(open_base(base), texts)
+        objective = training.CaptionObjective(copy, loss, captions, weight, CAPTION_SCALE)
+    train(objective, data, rate, seed, TRAINING["epochs"] * len(images_of("train")) / len(data))
+    return copy
+
+
+def train(objective: torch.nn.Module, data: training.TrainingImages, rate: float, seed: int, epochs: float) -> None:
+    encoder, size = objective.encoder, TRAINING["batch_size"]
+    groups = [*training.image_parameters(encoder, rate), {"params": objective.loss.parameters()} | PROXIES]
+    training.fit(
+        objective, data, RUNS / "training", groups, epochs, size, seed=seed,
+        warmup=round(epochs * (len(data) // size)) // 20,
+        validate=lambda: 100 * training.image_to_image(encoder, images_of("validation")).mean,
+        validate_every=len(images_of("train")) // size,
+    )  # fmt: skip
+    training.drop_patches(encoder, 0)
+
+
+def realigned(base: str, images_from: gu.Encoder, rate: float) -> gu.Encoder:
+    """An encoder with the text tower's end fitted to its images, on the pairs of `bank`."""
+    seed, copy = int(base) if base.isdigit() else 0, open_base(base)
+    copy.model.load_state_dict(images_from.model.state_dict())
+    features, told = gu.embed_images(copy, images_of("bank")), images_of("captions_validation")
+    fixed, (texts, relevant) = gu.embed_images(copy, told), gu.text_queries(told)
+
+    def validate() -> float:
+        copy.model.eval()
+        vectors = gu.embed_texts(copy, texts, cache=False)
+        return 100 * gu.mean_average_precision(gu.rank_relevant(vectors, fixed, relevant)).mean
+
+    pairs = training.CaptionPairs(features, images_of("bank").captions, copy.tokenizer)
+    groups = training.text_parameters(copy.model, rate)
+    training.fit(
+        training.Realignment(copy.model), pairs, RUNS / "training", groups, **REALIGNING, seed=seed, validate=validate
+    )
+    return copy
+
+
+VARIETY = (  # of the ingredients of a soup: their rate beside the common one, margin, share of patches left out
+    (0.8, MARGIN - 0.1, 0.25),
+    (1.0, MARGIN, 0.25),
+    (1.2, MARGIN, 0.375),
+    (1.0, MARGIN + 0.1, 0.25),
+)
+
+
+def continued(base: str, start_rate: float, rate: float, number: int) -> gu.Encoder:
+    """ArcMargin's model, trained on: ingredient 0 to 3 of a soup, one pass over three quarters of the classes; or, for
+    number 4, one run on all classes with as many steps as the four together."""
+    seed, copy, photos = int(base), tuned(base, "arcmargin", start_rate, "train"), images_of("train")
+    factor, margin, dropped, epochs = 1.0, MARGIN, 0.25, 3.0
+    if number < len(VARIETY):
+        (factor, margin, dropped), epochs = VARIETY[number], 1.0
+        classes = np.random.default_rng([seed, number]).permutation(np.unique(photos.labels))
+        photos = photos.subset(np.isin(photos.labels, classes[: round(0.75 * len(classes))]))
+    data = training.TrainingImages(photos, training.training_transform(copy, flip=0.0, jitter=0.0))
+    start = training.class_means(gu.embed_images(copy, photos), data.labels)
+    training.drop_patches(copy, dropped)
+    torch.manual_seed(seed)
+    loss = training.ArcMargin(copy.dim, len(start), SCALE, margin, start=start)
+    train(training.ImageObjective(copy, loss), data, factor * rate, seed + number, epochs)
+    return copy
+
+
+def average(states: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The mean of state dicts, tensor by tensor."""
+    return {key: torch.stack([state[key] for state in states]).mean(dim=0) for key in states[0]}
+
+
+# --- what is measured ------------------------------------------------------------------------------------------------
+
+
+def ranks_of_pairs(queries: np.ndarray, gallery: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:
+    """The rank of row i of the gallery for query i, uint16 (n,)."""
+    own = np.arange(len(queries))[:, None]
+    return gu.rank_relevant(queries, gallery, own, bias=bias)[:, 0].astype(np.uint16)
+
+
+def told(encoder: gu.Encoder, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """The embeddings of a split's images and of their captions, one each."""
+    images = images_of(split)
+    return gu.embed_images(encoder, images), gu.embed_texts(encoder, [texts[0] for texts in images.captions])
+
+
+def average_precision(embeddings: np.ndarray, split: str = "test") -> np.ndarray:
+    """The average precision of each image that asks all others of its split, float16 (n,)."""
+    labels = images_of(split).labels
+    ranks = gu.rank_relevant(embeddings, embeddings, gu.same_label(labels, labels), np.arange(len(labels))[:, None])
+    return gu.mean_average_precision(ranks).per_query.astype(np.float16)
+
+
+def measured(encoder: gu.Encoder) -> dict[str, np.ndarray]:
+    """Scores of every test query, and the two means on the validation splits by which settings are chosen."""
+    images, texts = told(encoder, "captions")
+    found = {"image": average_precision(gu.embed_images(encoder, images_of("test")))}
+    found |= {"text": ranks_of_pairs(texts, images), "caption": ranks_of_pairs(images, texts)}
+    chosen = average_precision(gu.embed_images(encoder, images_of("validation")), "validation")
+    images, texts = told(encoder, "captions_validation")
+    found["validation"] = 100 * np.array([chosen.mean(dtype=float), (1 / ranks_of_pairs(texts, images)).mean()])
+    return found
+
+
+# --- parts: each is one call in a process of its own, and leaves one file --------------------------------------------
+
+
+def part_base(base: str) -> dict:
+    return measured(open_base(base))
+
+
+def part_tuned(base: str, way: str, rate: float, **options) -> dict:
+    return measured(tuned(base, way, rate, **options))
+
+
+def part_realigned(base: str, realign_rate: float, way: str = "", **options) -> dict:
+    before = tuned(base, way, **options) if way else open_base(base)
+    return measured(realigned(base, before, realign_rate))
+
+
+def part_continued(base: str, start_rate: float, rate: float, number: int) -> dict:
+    return measured(continued(base, start_rate, rate, number))
+
+
+def part_soup(base: str, start_rate: float, rate: float) -> dict:
+    """Four ingredients, put together: the uniform and the greedy soup, and the ensemble, whose embeddings are averaged."""
+    models = [continued(base, start_rate, rate, number) for number in range(len(VARIETY))]
+    states = [{key: value.clone() for key, value in model.model.state_dict().items()} for model in models]
+    test, soup = [gu.embed_images(model, images_of("test")) for model in models], models[0]
+
+    def mixed(chosen: list[int]) -> gu.Encoder:
+        soup.model.load_state_dict(average([states[i] for i in chosen]))
+        return soup
+
+    def score(chosen: list[int]) -> float:
+        return training.image_to_image(mixed(chosen), images_of("validation")).mean
+
+    alone = [score([i]) for i in range(len(states))]
+    order = np.argsort(alone)[::-1].tolist()
+    chosen, reached = order[:1], max(alone)
+    for i in order[1:]:
+        if (together := score([*chosen, i])) > reached:
+            chosen, reached = [*chosen, i], together
+    uniform, greedy = measured(mixed(order)), measured(mixed(chosen))
+    found = {f"uniform {task}": values for task, values in uniform.items()}
+    found |= {f"greedy {task}": values for task, values in greedy.items()} | {"greedy takes": np.array(chosen)}
+    return found | {"ensemble image": average_precision(np.mean(test, axis=0)), "validation": uniform["validation"]}
+
+
+DIRECTIONS = ("text", "caption")  # what asks: texts for images, or images for captions
+
+
+def sides(encoder: gu.Encoder, split: str, asks: str) -> tuple[np.ndarray, np.ndarray]:
+    images, texts = told(encoder, split)
+    return (texts, images) if asks == "text" else (images, texts)
+
+
+def part_nnn(base: str) -> dict:
+    """Nearest Neighbor Normalization in both directions, k and alpha chosen on validation: ranks, and how often each row of
+    the gallery is among the first ten, without and with it."""
+    encoder, found = open_base(base), {}
+    for asks in DIRECTIONS:
+        references, _ = sides(encoder, "references", asks)
+        queries, gallery = sides(encoder, "captions_validation", asks)
+        means = gu.reference_means(gallery, references, KS)
+        scores = {
+            (k, alpha): (1 / ranks_of_pairs(queries, gallery, alpha * mean)).mean()
+            for k, mean in zip(KS, means, strict=True)
+            for alpha in ALPHAS
+        }
+        k, alpha = max(scores, key=scores.get)
+        queries, gallery = sides(encoder, "captions", asks)
+        for state, bias in (("plain", None), ("nnn", gu.hub_bias(gallery, references, k, alpha))):
+            found[f"{asks} {state}"] = ranks_of_pairs(queries, gallery, bias)
+            found[f"{asks} {state} counts"] = gu.hubness(queries, gallery, 10, bias=bias)[1].astype(np.uint16)
+        found[f"{asks} settings"] = np.array([k, alpha])
+    return found
+
+
+OVERLAPS = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
+SIZES = (300, 600, 1200, 2400, 4800, 9600)
+
+
+def part_overlap(base: str, asks: str, k: int, alpha: float) -> dict:
+    """Ranks with NNN, one line per share of the references that is replaced by the queries themselves."""
+    encoder = open_base(base)
+    references, _ = sides(encoder, "references", asks)
+    queries, gallery = sides(encoder, "captions", asks)
+    replaced = np.random.default_rng(0).permutation(len(references))
+    lines = []
+    for share in OVERLAPS:
+        rows, mixed = replaced[: round(share * len(references))], references.copy()
+        mixed[rows] = queries[rows]
+        lines.append(ranks_of_pairs(queries, gallery, gu.hub_bias(gallery, mixed, k, alpha)))
+    return {"ranks": np.array(lines)}
+
+
+def part_gallery(base: str, k: int, alpha: float) -> dict:
+    """Text to image in galleries of several sizes: ranks without and with NNN, (sizes, 2, n), and hubness, (sizes, 2).
+
+    Each text asks a gallery that holds its own image and others drawn from `captions` and `bank`. For hubness as many
+    texts ask as there are images, each image's own one, so that an image is found ten times on average.
+    """
+    encoder = open_base(base)
+    references, _ = sides(encoder, "references", "text")
+    (texts, images), (more_texts, more_images) = (sides(encoder, split, "text") for split in ("captions", "bank"))
+    texts, images = np.concatenate([texts, more_texts]), np.concatenate([images, more_images])
+    bias, asking, rng = gu.hub_bias(images, references, k, alpha), 2400, np.random.default_rng(0)
+    ranks, skewness = np.zeros((len(SIZES), 2, asking), np.uint16), np.zeros((len(SIZES), 2))
+    for i, size in enumerate(SIZES):
+        for first in range(0, asking, SIZES[0]):
+            own = np.arange(first, first + SIZES[0])
+            others = rng.permutation(np.delete(np.arange(len(images)), own))[: size - len(own)]
+            rows = np.concatenate([own, others])
+            for j, minus in enumerate((None, bias[rows])):
+                ranks[i, j, own] = ranks_of_pairs(texts[own], images[rows], minus)
+                skewness[i, j] += gu.hubness(texts[rows], images[rows], 10, bias=minus)[0] / (asking // SIZES[0])
+    return {"ranks": ranks, "skewness": skewness}
+
+
+def part_small(base: str) -> dict:
+    """mP@5 of the GUIE challenge, by Euclidean distance, for embeddings cut to 64 numbers in several ways, float16 (n,)."""
+    encoder, labels = open_base(base), images_of("test").labels
+    vectors, names = gu.embed_images(encoder, images_of("test")), gu.embed_texts(encoder, bank())
+    found, half = {}, np.zeros(len(labels), dtype=bool)
+    for label in np.unique(labels):
+        half[np.flatnonzero(labels == label)[::2]] = True
+    ways = {"all": np.eye(vectors.shape[1]), "first": np.eye(vectors.shape[1])[:, :64]}
+    for way, learned_from in {"names": names, "images": embedded(base, "train")}.items():
+        centered = learned_from - learned_from.mean(axis=0)
+        ways[way] = np.linalg.svd(centered, full_matrices=False)[2][:64].T
+    for way, directions in ways.items():
+        small = (vectors @ directions).astype(np.float32)
+        nearest = gu.search(small[~half], small[half], 5, "l2")[1]
+        found[way] = (labels[half][nearest] == labels[~half][:, None]).mean(axis=1).astype(np.float16)
+    return found
+
+
+# --- the plan --------------------------------------------------------------------------------------------------------
+
+
+def name_of(part: str, options: dict) -> str:
+    return ",".join([part, *(f"{key}={value}" for key, value in options.items())])
+
+
+@functools.cache
+def made_with() -> str:
+    """What all results rest on; when it changes, they are measured anew."""
+    base = (gu.DATA / "mini_clip" / "open_clip_model.safetensors").read_bytes()
+    settings = [mini_world.VERSION, SCALE, MARGIN, CAPTION_SCALE, TRAINING, PROXIES, REALIGNING, BASES]
+    return json.dumps([*settings, hashlib.blake2b(base, digest_size=8).hexdigest()])
+
+
+def results_in(file: Path) -> dict[str, dict[str, np.ndarray]]:
+    """{name of a part: {task: array}} of a file; nothing where there is none or it rests on something else."""
+    if not file.exists():
+        return {}
+    with np.load(file) as stored:
+        if str(stored["made_with"]) != made_with():
+            print(f"{file} was made with other settings or weights and is not used", file=sys.stderr)
+            return {}
+        found = {}
+        for key in set(stored.files) - {"made_with"}:
+            part, _, task = key.rpartition("/")
+            found.setdefault(part, {})[task] = stored[key]
+        return found
+
+
+def save_results(file: Path, results: dict[str, dict[str, np.ndarray]]) -> None:
+    arrays = {f"{part}/{task}": values for part in sorted(results) for task, values in results[part].items()}
+    gu.write_atomically(file, lambda stream: np.savez_compressed(stream, made_with=made_with(), **arrays))
+
+
+def work(part: str, options: dict) -> None:
+    """One part in a worker: its scores into a file of its own."""
+    name = name_of(part, options)
+    save_results(RUNS / "parts" / f"{name}.npz", {name: globals()[f"part_{part}"](**options)})
+
+
+def start_worker() -> None:
+    """One thread for each process, which together are faster than all threads in one; progress lines go into a file."""
+    torch.set_num_threads(1)
+    gu.get_faiss().omp_set_num_threads(1)
+    sys.stdout = sys.stderr = open(RUNS / "progress.txt", "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+
+
+def results_of(part: str, many: list[dict]) -> list[dict[str, np.ndarray]]:
+    """The results of a part for many options: what is kept, what an earlier run left, and what is measured now."""
+    kept_file, names = KEPT / f"{part}.npz", [name_of(part, options) for options in many]
+    kept = results_in(kept_file)
+    for name in set(names) - set(kept):
+        kept |= results_in(RUNS / "parts" / f"{name}.npz")
+    missing = [options for name, options in zip(names, many, strict=True) if name not in kept]
+    if missing:
+        RUNS.mkdir(parents=True, exist_ok=True)
+        for base in {options["base"] for options in missing}:
+            open_base(base)
+        progress = gu.Progress(len(missing), part, "trainings")
+        spawn, count = multiprocessing.get_context("spawn"), min(os.cpu_count() or 1, len(missing))
+        with ProcessPoolExecutor(count, spawn, start_worker) as pool:
+            for done, _ in enumerate(pool.map(work, itertools.repeat(part), missing), 1):
+                progress.update(done)
+        for name in set(names) - set(kept):
+            kept |= results_in(RUNS / "parts" / f"{name}.npz")
+    if any(name not in results_in(kept_file) for name in names):
+        save_results(kept_file, kept)
+    return [kept[name] for name in names]
+
+
+def best(part: str, many: list[dict], score) -> dict:
+    """The options whose result has the highest `score` on validation."""
+    results = results_of(part, many)
+    return many[int(np.argmax([score(result["validation"]) for result in results]))]
+
+
+LADDER = {  # name: how it may be trained, and on which images
+    "arcmargin": (["arcmargin"], "train"),
+    "margin 0": (["margin_0"], "train"),
+    "softmax": (["softmax"], "train"),
+    "proxyanchor": (["proxyanchor"], "train"),
+    "arcmargin, long tail": (["arcmargin"], "long_tail"),
+    "adaptive, long tail": (["adaptive", "adaptive_narrow"], "long_tail"),
+    "arcmargin, wrong labels": (["arcmargin"], "train_noisy"),
+    "sub-centers, wrong labels": (["subcenters"], "train_noisy"),
+}
+
+
+def ladder_options() -> dict[str, dict]:
+    """{loss: its options}, those that gave it the best image search on validation."""
+    sweeps = {
+        name: [{"base": "0", "way": way, "rate": rate, "images": images} for way in ways for rate in RATES]
+        for name, (ways, images) in LADDER.items()
+    }
+    results_of("tuned", [options for many in sweeps.values() for options in many])
+    return {name: best("tuned", many, lambda validation: validation[0]) for name, many in sweeps.items()}
+
+
+def ladder() -> dict[str, list[dict]]:
+    """{loss: its results, one per seed}."""
+    seeds = {name: at_seeds(options) for name, options in ladder_options().items()}
+    results_of("tuned", [options for many in seeds.values() for options in many])
+    return {name: results_of("tuned", many) for name, many in seeds.items()}
+
+
+def on(base: str, options: dict) -> dict:
+    """The same on another base, which then finds its captions itself."""
+    return options | {"base": base} | ({"finder": base} if "finder" in options else {})
+
+
+def at_seeds(options: dict) -> list[dict]:
+    return [on(str(seed), options) for seed in SEEDS]
+
+
+CAPTION_WEIGHTS, TEXT_RATES, REALIGN_RATES = (0.25, 0.5, 0.75), (2e-4, 5e-4, 1e-3, 2e-3), (1e-3, 3e-3)
+
+
+def frontier() -> dict[str, list[dict]]:
+    """{what is trained: its options}, how far training goes: rates, and shares of the caption loss, on the base of seed 0."""
+    plain = {"base": "0", "way": "arcmargin"}
+    lines = {"image-only": [plain | {"rate": rate, "images": "train"} for rate in (1e-4, 2e-4, *RATES)]}
+    for weight in CAPTION_WEIGHTS:
+        lines[f"MCIP, caption share {weight}"] = [
+            plain | {"rate": rate, "images": "train", "finder": "0", "weight": weight} for rate in TEXT_RATES
+        ]
+    return lines
+
+
+def text_options() -> dict[str, dict]:
+    """The options of image-only tuning and of MCIP that are best on validation, images and text counting equally."""
+    lines = frontier()
+    ways = {"image-only": lines.pop("image-only"), "mcip": [options for line in lines.values() for options in line]}
+    results_of("tuned", [options for many in ways.values() for options in many])
+    return {name: best("tuned", many, np.mean) for name, many in ways.items()}
+
+
+def text_models(bases: list[str]) -> dict[str, list[dict]]:
+    """{model: its results, one per base}: base, tuned on images alone, MCIP, and each with its text realigned."""
+    chosen, found = text_options(), {}
+    found["base"] = results_of("base", [{"base": base} for base in bases])
+    for name, options in chosen.items():
+        found[name] = results_of("tuned", [on(base, options) for base in bases])
+    for name, options in {"base": {}, **chosen}.items():
+        sweep = [on("0", options) | {"realign_rate": rate} for rate in REALIGN_RATES]
+        chosen_rate = best("realigned", sweep, lambda validation: validation[1])
+        found[f"{name}+realigned"] = results_of("realigned", [on(base, chosen_rate) for base in bases])
+    return found
+
+
+SOUP_RATES = (2.5e-4, 5e-4, 1e-3)
+
+
+def soups() -> dict[str, list[dict]]:
+    """{what: its results, one per seed}: the soups, their ingredients, and one run as long as these together."""
+    start = {"base": "0", "start_rate": ladder_options()["arcmargin"]["rate"]}
+    numbers = range(len(VARIETY) + 1)
+    results_of("continued", [start | {"rate": r, "number": i} for r in SOUP_RATES for i in numbers])
+    chosen = best("soup", [start | {"rate": rate} for rate in SOUP_RATES], lambda validation: validation[0])
+    long = best("continued", [start | {"rate": r, "number": 4} for r in SOUP_RATES], lambda validation: validation[0])
+    found = {f"ingredient {i}": results_of("continued", at_seeds(chosen | {"number": i})) for i in range(len(VARIETY))}
+    return found | {"soup": results_of("soup", at_seeds(chosen)), "long": results_of("continued", at_seeds(long))}
+
+
+FINDERS = ("true_1.0", "true_0.75", "true_0.5", "true_0.25", "true_0.0", "epochs_5.5", "epochs_11", "0", "clean_33")
+
+
+def found_by() -> dict[str, dict]:
+    """{finder: MCIP's result with its captions}, on the base of seed 0, at the settings chosen for it."""
+    options = text_options()["mcip"]
+    return dict(zip(FINDERS, results_of("tuned", [options | {"finder": finder} for finder in FINDERS]), strict=True))
+
+
+def neighbor_normalization() -> dict[str, list[dict]]:
+    """{"nnn", "overlap text", "overlap caption", "gallery": results, one per base of SEEDS}."""
+    found = {"nnn": results_of("nnn", [{"base": str(seed)} for seed in SEEDS])}
+    for asks in DIRECTIONS:
+        settings = [
+            (int(result[f"{asks} settings"][0]), float(result[f"{asks} settings"][1])) for result in found["nnn"]
+        ]
+        many = [{"base": str(s), "asks": asks, "k": k, "alpha": a} for s, (k, a) in zip(SEEDS, settings, strict=True)]
+        found[f"overlap {asks}"] = results_of("overlap", many)
+        if asks == "text":
+            found["gallery"] = results_of("gallery", [drop(options, "asks") for options in many])
+    return found
+
+
+def drop(options: dict, key: str) -> dict:
+    return {name: value for name, value in options.items() if name != key}
