@@ -900,6 +900,13 @@ def as_jpeg(figure) -> Picture:
     return Picture(buffer.getvalue(), format="jpeg")
 
 
+def show_schematic(notebook: str) -> Picture:
+    """The drawing of what a notebook does, by the notebook's name; notebooks/schematics.py makes it."""
+    from IPython.display import Image as Picture
+
+    return Picture(str(HERE / "notebooks" / "schematics" / f"{notebook}.png"))
+
+
 def show_neighbors(
     queries: Sequence, gallery: ImageSet, rows: Array, scores: Array | None = None, right: Array | None = None
 ) -> Picture:

@@ -612,3 +612,18 @@ def test_the_first_notebook_searches_among_two_or_three_images(shapes, results, 
         path.unlink()
     names = run_here("01", {"profile": results[0], "images": str(shapes)})
     assert names.k == count - 1 and len(names.embeddings) == count
+
+
+def test_every_schematic_comes_from_the_script_and_is_shown_in_its_notebook(tmp_path):
+    import runpy
+
+    script = runpy.run_path(str(gu.HERE / "notebooks" / "schematics.py"))
+    for name, draw in script["SCHEMATICS"].items():
+        script["save"](draw(), tmp_path / f"{name}.png")
+        with Image.open(tmp_path / f"{name}.png") as drawn, Image.open(gu.show_schematic(name).filename) as shipped:
+            assert drawn.size == shipped.size
+            difference = np.abs(np.asarray(drawn.convert("L"), float) - np.asarray(shipped.convert("L"), float))
+            assert difference.mean() < 2, "draw it again: python notebooks/schematics.py"
+        assert f'gu.show_schematic("{name}")' in (gu.HERE / "notebooks" / f"{name}.ipynb").read_text(
+            encoding="utf-8"
+        ).replace('\\"', '"')
