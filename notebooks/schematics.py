@@ -69,6 +69,28 @@ def legend(axis, x: float, y: float) -> None:
         note(axis, x + 0.28 + 1.35 * i, y, text, 9, align="left")
 
 
+def measuring() -> plt.Axes:
+    """02: what counts as right, what is left out, and where the ranks come from."""
+    axis = canvas(9, 2.6)
+    photo(axis, 0.65, 1.45, "test", "products", 4, 0, 0.85)
+    note(axis, 0.65, 0.82, "query", 10)
+    arrow(axis, (1.2, 1.45), (1.75, 1.45))
+    ranking = [(4, 1), (4, 2), (9, 0), (4, 3), (2, 1), (4, 4)]
+    for i, (number, view) in enumerate([(4, 0), *ranking]):
+        x = 2.2 + 0.88 * i
+        color = "#999999" if i == 0 else RIGHT if number == 4 else WRONG
+        photo(axis, x, 1.45, "test", "products", number, view, 0.7)
+        axis.add_patch(plt.Rectangle((x - 0.37, 1.08), 0.74, 0.74, fill=False, edgecolor=color, linewidth=3))
+        note(axis, x, 0.85, "left out" if i == 0 else f"rank {i}", 9.5, color)
+    axis.plot([1.8, 2.6], [1.05, 1.85], color="#999999", linewidth=2.5, zorder=5)
+    note(axis, 2.2, 2.2, "the query\nitself", 9.5, "#666666")
+    note(axis, 5.3, 2.2, "green: the same thing as the query; red: another one", 10)
+    note(axis, 5.3, 0.4, "right answers at ranks 1, 2, 4 and 6; every score is computed from these four numbers", 10)
+    arrow(axis, (7.95, 1.45), (8.3, 1.45))
+    note(axis, 8.65, 1.45, "all other\nimages", 9.5)
+    return axis
+
+
 def finetuning() -> plt.Axes:
     """03: labels move the image tower; the margin sits on the angle to the own proxy."""
     axis = canvas(9, 3.3)
@@ -183,6 +205,7 @@ def hubs() -> plt.Axes:
 
 
 SCHEMATICS = {
+    "02_benchmark_encoders": measuring,
     "03_finetune_arcmargin": finetuning,
     "04_realign_text_mcip": keeping_text,
     "05_average_soups": soup,
@@ -191,11 +214,11 @@ SCHEMATICS = {
 
 
 def save(axis: plt.Axes, path: Path) -> None:
-    """A PNG of 64 colors, which keeps a notebook small."""
+    """A PNG of 96 colors, which keeps a notebook small."""
     path.parent.mkdir(exist_ok=True)
     axis.figure.savefig(path, dpi=110, facecolor="white")
     plt.close(axis.figure)
-    Image.open(path).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(path, optimize=True)
+    Image.open(path).convert("RGB").quantize(96, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 if __name__ == "__main__":
