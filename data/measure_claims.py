@@ -42,13 +42,12 @@ BASES = {  # what pretrain_mini_clip.py is called with; the base of seed 0 is th
     "epochs_11": ["--epochs", "11"],
     "clean_33": ["--epochs", "33", "--wrong", "0"],
 }
-SCALE, MARGIN, CAPTION_SCALE = 20.0, 0.3, 6.0
+SCALE, MARGIN, EPOCHS = 20.0, 0.3, 3.0  # passes over `train`: other sets of images take as many steps
 RATES = (5e-4, 1e-3, 2e-3, 4e-3)
-TRAINING = {
-    "epochs": 3.0,
-    "batch_size": 64,
-}  # passes over `train`: every training takes as many steps, whatever its images
-PROXIES = {"lr": 5e-3, "weight_decay": 0.01}
+RECIPE = {
+    "batch_size": 64, "proxy_rate": 5e-3, "scale": SCALE, "margin": MARGIN, "warmup": 0.05, "patch_dropout": 0.25,
+    "flip": 0.0, "jitter": 0.0, "caption_scale": 6.0,
+}  # fmt: skip
 REALIGNING = {"epochs": 4.0, "batch_size": 256}
 KS, ALPHAS = (1, 2, 4, 8, 16, 32, 64, 128, 256), (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 
@@ -140,35 +139,23 @@ def loss_of(way: str, start: np.ndarray, counts: np.ndarray) -> torch.nn.Module:
     )
 
 
+def fine_tune(encoder: gu.Encoder, photos: gu.ImageSet, rate: float, seed: int, epochs: float, *rest, **other) -> None:
+    training.fine_tune(
+        encoder, photos, images_of("validation"), RUNS / "training", *rest, rate=rate, seed=seed, epochs=epochs,
+        validate_every=len(images_of("train")) // RECIPE["batch_size"], **RECIPE | other,
+    )  # fmt: skip
+
+
 def tuned(base: str, way: str, rate: float, images: str = "train", finder: str = "", weight: float = 0.0) -> gu.Encoder:
     """A base whose image tower is fine-tuned; done at once when it was done before. With a finder: MCIP."""
-    seed, copy = int(base) if base.isdigit() else 0, open_base(base)
-    views = training.training_transform(copy, flip=0.0, jitter=0.0)
-    data = training.TrainingImages(images_of(images), views)
-    start = training.class_means(embedded(base, images), data.labels)
-    training.drop_patches(copy, 0.25)
-    torch.manual_seed(seed)
-    loss = loss_of(way, start, np.bincount(data.labels))
-    objective = training.ImageObjective(copy, loss)
+    seed, copy, captions = int(base) if base.isdigit() else 0, open_base(base), None
     if finder:
         rows, texts = captions_for(finder)
-        data = training.CaptionedImages(images_of(images), views, rows, texts)
-        captions = gu.embed_texts(open_base(base), texts)
-        objective = training.CaptionObjective(copy, loss, captions, weight, CAPTION_SCALE)
-    train(objective, data, rate, seed, TRAINING["epochs"] * len(images_of("train")) / len(data))
+        captions = rows, texts, gu.embed_texts(copy, texts)
+    epochs = EPOCHS * len(images_of("train")) / len(images_of(images))
+    loss = functools.partial(loss_of, way)
+    fine_tune(copy, images_of(images), rate, seed, epochs, loss, captions, caption_weight=weight)
     return copy
-
-
-def train(objective: torch.nn.Module, data: training.TrainingImages, rate: float, seed: int, epochs: float) -> None:
-    encoder, size = objective.encoder, TRAINING["batch_size"]
-    groups = [*training.image_parameters(encoder, rate), {"params": objective.loss.parameters()} | PROXIES]
-    training.fit(
-        objective, data, RUNS / "training", groups, epochs, size, seed=seed,
-        warmup=round(epochs * (len(data) // size)) // 20,
-        validate=lambda: 100 * training.image_to_image(encoder, images_of("validation")).mean,
-        validate_every=len(images_of("train")) // size,
-    )  # fmt: skip
-    training.drop_patches(encoder, 0)
 
 
 def realigned(base: str, images_from: gu.Encoder, rate: float) -> gu.Encoder:
@@ -203,17 +190,13 @@ def continued(base: str, start_rate: float, rate: float, number: int) -> gu.Enco
     """ArcMargin's model, trained on: ingredient 0 to 3 of a soup, one pass over three quarters of the classes; or, for
     number 4, one run on all classes with as many steps as the four together."""
     seed, copy, photos = int(base), tuned(base, "arcmargin", start_rate, "train"), images_of("train")
-    factor, margin, dropped, epochs = 1.0, MARGIN, 0.25, 3.0
-    if number < len(VARIETY):
-        (factor, margin, dropped), epochs = VARIETY[number], 1.0
-        classes = np.random.default_rng([seed, number]).permutation(np.unique(photos.labels))
-        photos = photos.subset(np.isin(photos.labels, classes[: round(0.75 * len(classes))]))
-    data = training.TrainingImages(photos, training.training_transform(copy, flip=0.0, jitter=0.0))
-    start = training.class_means(gu.embed_images(copy, photos), data.labels)
-    training.drop_patches(copy, dropped)
-    torch.manual_seed(seed)
-    loss = training.ArcMargin(copy.dim, len(start), SCALE, margin, start=start)
-    train(training.ImageObjective(copy, loss), data, factor * rate, seed + number, epochs)
+    if number == len(VARIETY):
+        fine_tune(copy, photos, rate, seed + number, 3.0)
+        return copy
+    factor, margin, dropped = VARIETY[number]
+    classes = np.random.default_rng([seed, number]).permutation(np.unique(photos.labels))
+    part = photos.subset(np.isin(photos.labels, classes[: round(0.75 * len(classes))]))
+    fine_tune(copy, part, factor * rate, seed + number, 1.0, margin=margin, patch_dropout=dropped)
     return copy
 
 
@@ -400,7 +383,7 @@ def name_of(part: str, options: dict) -> str:
 def made_with() -> str:
     """What all results rest on; when it changes, they are measured anew."""
     base = (gu.DATA / "mini_clip" / "open_clip_model.safetensors").read_bytes()
-    settings = [mini_world.VERSION, SCALE, MARGIN, CAPTION_SCALE, TRAINING, PROXIES, REALIGNING, BASES]
+    settings = [mini_world.VERSION, EPOCHS, RECIPE, VARIETY, REALIGNING, BASES]
     return json.dumps([*settings, hashlib.blake2b(base, digest_size=8).hexdigest()])
 
 

@@ -477,6 +477,63 @@ def image_to_image(encoder: gu.Encoder, images: gu.ImageSet, gallery: gu.ImageSe
     return gu.mean_average_precision(gu.rank_relevant(embeddings, searched, relevant, leave_out=own))
 
 
+# --- a whole fine-tuning ---------------------------------------------------------------------------------------------
+
+
+def fine_tune(
+    encoder: gu.Encoder,
+    images: gu.ImageSet,
+    choose_on: gu.ImageSet,
+    folder: str | Path,
+    loss: Callable[[np.ndarray, np.ndarray], torch.nn.Module] | None = None,
+    captions: tuple[np.ndarray, Sequence[str], np.ndarray] | None = None,
+    *,
+    epochs: float = 3.0,
+    batch_size: int = 256,
+    rate: float = 1e-6,
+    proxy_rate: float = 1e-4,
+    scale: float = 30.0,
+    margin: float = 0.1,
+    layer_decay: float = 1.0,
+    weight_decay: float = 0.01,
+    warmup: float = 0.0,
+    patch_dropout: float = 0.0,
+    flip: float = 0.5,
+    jitter: float = 0.4,
+    caption_weight: float = 0.25,
+    caption_scale: float = 30.0,
+    processes: int = 1,
+    **settings,
+) -> list[dict]:
+    """Fine-tune the image tower of `encoder`, in place, on labelled images; returns the log of `fit`.
+
+    The defaults are GP-NNS's recipe for CLIP ViT-B, but that proxies start at the mean embeddings of their classes.
+    choose_on: images of other classes, whose mAP chooses the weights to keep. loss: from the class means (classes, dim)
+    and the images per class (classes,) to a module; ArcMargin with `scale` and `margin` when None. captions: (rows (n,
+    top), -1 for none, texts, unit embeddings of the texts) adds MCIP's caption loss, `caption_weight` of the total.
+    warmup: share of the steps. settings: go to `fit`, such as seed, ema, lr_min, draw.
+    """
+    views = training_transform(encoder, flip, jitter)
+    data = TrainingImages(images, views)
+    start, counts = class_means(gu.embed_images(encoder, images), data.labels), np.bincount(data.labels)
+    drop_patches(encoder, patch_dropout)  # where it has patches
+    torch.manual_seed(settings.get("seed", 0))
+    module = loss(start, counts) if loss else ArcMargin(encoder.dim, len(start), scale, margin, start=start)
+    objective = ImageObjective(encoder, module)
+    if captions:
+        rows, texts, vectors = captions
+        data = CaptionedImages(images, views, rows, texts)
+        objective = CaptionObjective(encoder, module, vectors, caption_weight, caption_scale)
+    groups = image_parameters(encoder, rate, layer_decay, weight_decay)
+    groups.append({"params": module.parameters(), "lr": proxy_rate, "weight_decay": weight_decay})
+    size = min(batch_size, len(data))
+    settings = {"warmup": int(warmup * round(epochs * (len(data) // size)))} | settings
+    settings["validate"] = lambda: 100 * image_to_image(encoder, choose_on).mean
+    log = fit_in_processes(processes, objective, data, folder, groups, epochs=epochs, batch_size=size, **settings)
+    drop_patches(encoder, 0)
+    return log
+
+
 # --- the loop --------------------------------------------------------------------------------------------------------
 
 

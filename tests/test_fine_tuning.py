@@ -971,3 +971,26 @@ def test_a_file_that_a_power_cut_damaged_is_named_with_what_to_delete(tmp_path, 
         fit_line(tmp_path, **settings)
     shutil.rmtree(path.parent if "step" not in kept else path.parent.parent)
     assert fit_line(tmp_path, **settings)[0].seen
+
+
+def test_a_whole_fine_tuning_is_its_parts_put_together(tmp_path):
+    photos = gu.load_images("mini", "validation").subset(np.arange(120))
+    held_out = gu.load_images("mini", "validation").subset(np.arange(200, 240))
+    recipe = {"epochs": 1.0, "batch_size": 40, "seed": 3}
+    whole = gu.load_encoder("mini")
+    gu.training.fine_tune(whole, photos, held_out, tmp_path / "whole", rate=1e-3, proxy_rate=5e-3, flip=0.0, **recipe)
+    parts = gu.load_encoder("mini")
+    data = gu.training.TrainingImages(photos, gu.training.training_transform(parts, flip=0.0))
+    start = gu.training.class_means(gu.embed_images(parts, photos), data.labels)
+    torch.manual_seed(3)
+    loss = gu.training.ArcMargin(parts.dim, len(start), 30.0, 0.1, start=start)
+    groups = gu.training.image_parameters(parts, 1e-3)
+    groups.append({"params": loss.parameters(), "lr": 5e-3, "weight_decay": 0.01})
+    objective = gu.training.ImageObjective(parts, loss)
+    score = lambda: 100 * gu.training.image_to_image(parts, held_out).mean  # noqa: E731
+    gu.training.fit(objective, data, tmp_path / "parts", groups, validate=score, **recipe)
+    after, by_hand = whole.model.state_dict(), parts.model.state_dict()
+    assert all(torch.equal(after[key], by_hand[key]) for key in after)
+    assert not torch.equal(after["visual.proj"], gu.load_encoder("mini").model.state_dict()["visual.proj"])
+    with pytest.raises(TypeError, match="marginn"):
+        gu.training.fine_tune(parts, photos, held_out, tmp_path / "parts", marginn=0.3)
