@@ -31,6 +31,7 @@ from gpnns_utils.measure_claims import (  # noqa: E402
     frontier,
     images_of,
     ladder,
+    ladder_options,
     neighbor_normalization,
     results_of,
     share_of_true_words,
@@ -252,6 +253,16 @@ def point(curve: str, line: str, label: str, x: float, found: tuple) -> dict:
     return {"curve": curve, "line": line, "label": label, "x": round(float(x), 4), "y": y, "low": low, "high": high}
 
 
+def curve_of_ladder() -> list[dict]:
+    """What each loss gains in image search (y, mAP points above the base) at the rate that suits it (x); three seeds."""
+    base = points(results_of("base", [{"base": str(seed)} for seed in SEEDS]), "image")
+    options, lines = ladder_options(), []
+    for name, results in ladder().items():
+        y = interval(points(results, "image") - base, "image")
+        lines.append(point("ladder", name, options[name]["way"], options[name]["rate"], y))
+    return lines
+
+
 def curve_of_frontier() -> list[dict]:
     """How far training goes: what is gained with images (x, mAP) against text (y, R@5), by rate; seed 0."""
     (base,), lines = results_of("base", [{"base": "0"}]), []
@@ -337,7 +348,7 @@ def main() -> None:
     started = time.time()
     claims = [*claims_of_losses(), *claims_of_text(), *claims_of_soups(), *claims_of_small(), *claims_of_neighbors()]
     write_table(DATA / "claims.csv", claims)
-    curves = [*curve_of_finders(), *curve_of_room(), *curve_of_frontier(), *curves_of_neighbors()]
+    curves = [*curve_of_ladder(), *curve_of_finders(), *curve_of_room(), *curve_of_frontier(), *curves_of_neighbors()]
     write_table(DATA / "claims_curves.csv", curves)
     for line in claims:
         print(f"{line['shown']:>3}  {line['ours']:+6.2f} [{line['low']:+.2f}, {line['high']:+.2f}]  {line['claim']}")

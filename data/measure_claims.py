@@ -54,18 +54,23 @@ KS, ALPHAS = (1, 2, 4, 8, 16, 32, 64, 128, 256), (0.0, 0.25, 0.5, 0.75, 1.0, 1.2
 # --- what is trained -------------------------------------------------------------------------------------------------
 
 
-def base_folder(base: str) -> Path:
-    """The open_clip folder of a base, trained now where it is not there yet (about 24 minutes for 22 epochs)."""
-    folder = gu.DATA / "mini_clip" if base == "0" else RUNS / "bases" / base
+def base_weights(base: str) -> Path:
+    """The weights of a base. Those of seeds 0 to 2 are shipped; others are trained now (about 24 minutes for 22 epochs)."""
+    shipped = (
+        gu.DATA / "mini_clip" / "open_clip_model.safetensors" if base == "0" else KEPT / "bases" / f"{base}.safetensors"
+    )
+    if shipped.exists():
+        return shipped
+    folder = RUNS / "bases" / base
     if not (folder / "open_clip_model.safetensors").exists():
         command = [sys.executable, str(DATA / "pretrain_mini_clip.py"), "--out", str(folder), *BASES[base]]
         subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
-    return folder
+    return folder / "open_clip_model.safetensors"
 
 
 def open_base(base: str) -> gu.Encoder:
     """A base as an encoder; the architecture and the vocabulary are those of the mini CLIP."""
-    return gu.load_encoder("mini" if base == "0" else f"mini@{base_folder(base)}/open_clip_model.safetensors")
+    return gu.load_encoder("mini" if base == "0" else f"mini@{base_weights(base)}")
 
 
 @functools.cache
