@@ -56,7 +56,9 @@ def test_a_part_is_measured_once_and_a_killed_run_keeps_what_was_finished(tmp_pa
         assert [len(result["score"]) for result in results] == [1, 2, 3]
     assert asked == [1, 2, 3, 3]
     assert (tmp_path / "claims" / "tried.npz").exists()
-    monkeypatch.setattr(measure_claims, "SCALE", 30.0)  # another recipe: nothing of the old one may be used
+    monkeypatch.setattr(
+        measure_claims, "RECIPE", measure_claims.RECIPE | {"scale": 30.0}
+    )  # another recipe: nothing of the old one may be used
     measure_claims.made_with.cache_clear()
     measure_claims.results_of("tried", many[:1])
     measure_claims.made_with.cache_clear()
