@@ -2,7 +2,7 @@
 
 Each claim is a difference to its control: query by query, after the mean over seeds, with a 95 % interval. The scores
 come from `claims/` (measure_claims.py, which trains what is missing there): with what the course ships this takes a
-minute, without it about three hours on two cores, in parts that each go on after a break.
+minute, without it about four hours on two cores, in parts that each go on after a break.
 
 statistics -> claims -> curves -> files
 """
@@ -34,7 +34,6 @@ from gpnns_utils.measure_claims import (  # noqa: E402
     ladder_options,
     neighbor_normalization,
     results_of,
-    share_of_true_words,
     soups,
     text_models,
     text_options,
@@ -277,14 +276,14 @@ def curve_of_frontier() -> list[dict]:
 def curve_of_finders() -> list[dict]:
     """What MCIP gains over image-only tuning at its own rate (y) by the share of true words in its captions (x); seed 0."""
     options = text_options()["mcip"]
-    (plain,) = results_of("tuned", [drop(drop(options, "finder"), "weight")])
+    (plain,) = results_of("tuned", [drop(options, "finder", "weight")])
     lines = []
-    for finder, result in found_by().items():
+    for finder, (share, result) in found_by().items():
         kind = "true captions, some replaced" if finder.startswith("true_") else "captions found by an encoder"
         label = finder.removeprefix("true_") if finder.startswith("true_") else f"base {finder}"
         for task, name in (("text R@5", "text R@5"), ("image", "image mAP")):
             y = interval(points([result], task) - points([plain], task), task)
-            lines.append(point("finder", f"{name}, {kind}", label, 100 * share_of_true_words(finder), y))
+            lines.append(point("finder", f"{name}, {kind}", label, 100 * share, y))
     return lines
 
 

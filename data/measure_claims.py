@@ -1,8 +1,9 @@
 """Train and score what the papers' claims compare, on the mini world; `claims_table.py` makes the table of it.
 
 Three seeds, each on a base of its own seed. The scores of every query are kept in `claims/`; what lies there is not
-trained again, so that everything goes on after a break. Rates and settings are chosen on the validation splits, with
-seed 0; the test is only measured.
+trained again, so that everything goes on after a break. Rates and settings are chosen on the validation splits with
+seed 0; NNN's k and alpha, the weights that a training keeps and what goes into a soup are chosen there for each seed. The
+test is only measured.
 
 settings -> what is trained -> what is measured -> parts -> the plan
 """
@@ -11,24 +12,26 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 import itertools
 import json
 import multiprocessing
 import os
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock  # comes with torch
 
-DATA = Path(__file__).resolve().parent
-sys.path.insert(0, str(DATA.parent))
-import gpnns_utils as gu  # noqa: E402
-from gpnns_utils import mini_world, training  # noqa: E402
+import gpnns_utils as gu
+from gpnns_utils import mini_world, training
 
-KEPT = DATA / "claims"
+KEPT = gu.DATA / "claims"
 RUNS = gu.work_folder() / "runs" / "claims"
 
 # --- settings --------------------------------------------------------------------------------------------------------
@@ -49,6 +52,13 @@ RECIPE = {
     "flip": 0.0, "jitter": 0.0, "caption_scale": 6.0,
 }  # fmt: skip
 REALIGNING = {"epochs": 4.0, "batch_size": 256}
+OPTIONS = {  # of ArcMargin, by the way to train; "adaptive": lowest and highest margin
+    "margin_0": {"margin": 0.0},
+    "subcenters": {"centers": 3},
+    "adaptive": (0.05, 0.5),
+    "adaptive_narrow": (0.2, 0.4),
+}
+LONG_TAIL, FOUND = 1.5, 20  # the power by which small classes shrink; captions that a finder looks at for each image
 KS, ALPHAS = (1, 2, 4, 8, 16, 32, 64, 128, 256), (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 
 # --- what is trained -------------------------------------------------------------------------------------------------
@@ -56,21 +66,20 @@ KS, ALPHAS = (1, 2, 4, 8, 16, 32, 64, 128, 256), (0.0, 0.25, 0.5, 0.75, 1.0, 1.2
 
 def base_weights(base: str) -> Path:
     """The weights of a base. Those of seeds 0 to 2 are shipped; others are trained now (about 24 minutes for 22 epochs)."""
-    shipped = (
-        gu.DATA / "mini_clip" / "open_clip_model.safetensors" if base == "0" else KEPT / "bases" / f"{base}.safetensors"
+    shipped = {"0": gu.DATA / "mini_clip" / "open_clip_model.safetensors"}.get(
+        base, KEPT / "bases" / f"{base}.safetensors"
     )
-    if shipped.exists():
-        return shipped
     folder = RUNS / "bases" / base
-    if not (folder / "open_clip_model.safetensors").exists():
-        command = [sys.executable, str(DATA / "pretrain_mini_clip.py"), "--out", str(folder), *BASES[base]]
-        subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
-    return folder / "open_clip_model.safetensors"
+    made = folder / "open_clip_model.safetensors"
+    if not (shipped.exists() or made.exists()):
+        command = [sys.executable, str(gu.DATA / "pretrain_mini_clip.py"), "--out", str(folder), *BASES[base]]
+        subprocess.run(command, check=True)
+    return shipped if shipped.exists() else made
 
 
 def open_base(base: str) -> gu.Encoder:
     """A base as an encoder; the architecture and the vocabulary are those of the mini CLIP."""
-    return gu.load_encoder("mini" if base == "0" else f"mini@{base_weights(base)}")
+    return gu.load_encoder(f"mini@{base_weights(base)}", "cpu")  # as the scores that are kept, wherever this runs
 
 
 @functools.cache
@@ -80,7 +89,7 @@ def images_of(name: str) -> gu.ImageSet:
         return gu.load_images("mini", name)
     images = gu.load_images("mini", "train")
     counts = np.bincount(images.labels)
-    keep = np.maximum(2, np.round(counts**1.5 / counts.max() ** 0.5)).astype(int)
+    keep = np.maximum(2, np.round(counts.max() * (counts / counts.max()) ** LONG_TAIL)).astype(int)
     return images.subset(
         np.concatenate([np.flatnonzero(images.labels == label)[: keep[label]] for label in range(len(counts))])
     )
@@ -110,7 +119,7 @@ def captions_for(finder: str) -> tuple[np.ndarray, list[str]]:
         other = rows[rng.integers(len(rows), size=rows.shape), rng.integers(rows.shape[1], size=rows.shape)]
         return np.where(rng.random(rows.shape) < float(finder.removeprefix("true_")), rows, other), texts
     texts = bank()
-    scores, rows = gu.search(embedded(finder, "train"), gu.embed_texts(open_base(finder), texts), 20)
+    scores, rows = gu.search(embedded(finder, "train"), gu.embed_texts(open_base(finder), texts), FOUND)
     return np.where(scores > np.median(scores), rows, -1), texts
 
 
@@ -131,56 +140,71 @@ def share_of_true_words(finder: str) -> float:
 
 def loss_of(way: str, start: np.ndarray, counts: np.ndarray) -> torch.nn.Module:
     """The loss of a way to train, its proxies at the mean embeddings of the classes, `start`."""
-    options = {
-        "margin_0": {"margin": 0.0},
-        "adaptive": {"margin": training.margins_by_count(counts)},
-        "adaptive_narrow": {"margin": training.margins_by_count(counts, 0.2, 0.4)},
-        "subcenters": {"centers": 3},
-    }
     if way in ("softmax", "proxyanchor"):
         return {"softmax": training.Softmax, "proxyanchor": training.ProxyAnchor}[way](start)
-    return training.ArcMargin(
-        start.shape[1], len(start), **{"scale": SCALE, "margin": MARGIN} | options.get(way, {}), start=start
-    )
+    options = OPTIONS.get(way, {})
+    options = {"margin": training.margins_by_count(counts, *options)} if way.startswith("adaptive") else options
+    return training.ArcMargin(start.shape[1], len(start), **{"scale": SCALE, "margin": MARGIN} | options, start=start)
 
 
-def fine_tune(encoder: gu.Encoder, photos: gu.ImageSet, rate: float, seed: int, epochs: float, *rest, **other) -> None:
+def alone(train: Callable) -> Callable:
+    """One process at a time for each training: others wait, and then find it done."""
+
+    @functools.wraps(train)
+    def locked(*rest, **options):
+        asked = inspect.signature(train).bind(*rest, **options)
+        asked.apply_defaults()
+        about = hashlib.blake2b(f"{train.__name__} {asked}".encode(), digest_size=8).hexdigest()
+        (RUNS / "locks").mkdir(parents=True, exist_ok=True)
+        with FileLock(RUNS / "locks" / about):
+            return train(*rest, **options)
+
+    return locked
+
+
+def seed_of(base: str) -> int:
+    return int(base) if base.isdigit() else 0
+
+
+def train_images(
+    encoder: gu.Encoder, photos: gu.ImageSet, rate: float, seed: int, epochs: float, *rest, **other
+) -> None:
     training.fine_tune(
         encoder, photos, images_of("validation"), RUNS / "training", *rest, rate=rate, seed=seed, epochs=epochs,
         validate_every=len(images_of("train")) // RECIPE["batch_size"], **RECIPE | other,
     )  # fmt: skip
 
 
+@alone
 def tuned(base: str, way: str, rate: float, images: str = "train", finder: str = "", weight: float = 0.0) -> gu.Encoder:
     """A base whose image tower is fine-tuned; done at once when it was done before. With a finder: MCIP."""
-    seed, copy, captions = int(base) if base.isdigit() else 0, open_base(base), None
+    seed, copy, captions = seed_of(base), open_base(base), None
     if finder:
         rows, texts = captions_for(finder)
         captions = rows, texts, gu.embed_texts(copy, texts)
     epochs = EPOCHS * len(images_of("train")) / len(images_of(images))
     loss = functools.partial(loss_of, way)
-    fine_tune(copy, images_of(images), rate, seed, epochs, loss, captions, caption_weight=weight)
+    train_images(copy, images_of(images), rate, seed, epochs, loss, captions, caption_weight=weight)
     return copy
 
 
-def realigned(base: str, images_from: gu.Encoder, rate: float) -> gu.Encoder:
-    """An encoder with the text tower's end fitted to its images, on the pairs of `bank`."""
-    seed, copy = int(base) if base.isdigit() else 0, open_base(base)
-    copy.model.load_state_dict(images_from.model.state_dict())
-    features, told = gu.embed_images(copy, images_of("bank")), images_of("captions_validation")
-    fixed, (texts, relevant) = gu.embed_images(copy, told), gu.text_queries(told)
+@alone
+def realigned(base: str, realign_rate: float, way: str = "", **options) -> gu.Encoder:
+    """A base, or with a way to train what `tuned` makes of it, with the text tower's end fitted to its images, on the pairs
+    of `bank`."""
+    encoder = tuned(base, way, **options) if way else open_base(base)
+    features, described = gu.embed_images(encoder, images_of("bank")), images_of("captions_validation")
+    fixed, (texts, relevant) = gu.embed_images(encoder, described), gu.text_queries(described)
 
     def validate() -> float:
-        copy.model.eval()
-        vectors = gu.embed_texts(copy, texts, cache=False)
+        encoder.model.eval()
+        vectors = gu.embed_texts(encoder, texts, cache=False)
         return 100 * gu.mean_average_precision(gu.rank_relevant(vectors, fixed, relevant)).mean
 
-    pairs = training.CaptionPairs(features, images_of("bank").captions, copy.tokenizer)
-    groups = training.text_parameters(copy.model, rate)
-    training.fit(
-        training.Realignment(copy.model), pairs, RUNS / "training", groups, **REALIGNING, seed=seed, validate=validate
-    )
-    return copy
+    pairs = training.CaptionPairs(features, images_of("bank").captions, encoder.tokenizer)
+    groups, objective = training.text_parameters(encoder.model, realign_rate), training.Realignment(encoder.model)
+    training.fit(objective, pairs, RUNS / "training", groups, **REALIGNING, seed=seed_of(base), validate=validate)
+    return encoder
 
 
 VARIETY = (  # of the ingredients of a soup: their rate beside the common one, margin, share of patches left out
@@ -191,17 +215,18 @@ VARIETY = (  # of the ingredients of a soup: their rate beside the common one, m
 )
 
 
+@alone
 def continued(base: str, start_rate: float, rate: float, number: int) -> gu.Encoder:
     """ArcMargin's model, trained on: ingredient 0 to 3 of a soup, one pass over three quarters of the classes; or, for
     number 4, one run on all classes with as many steps as the four together."""
-    seed, copy, photos = int(base), tuned(base, "arcmargin", start_rate, "train"), images_of("train")
+    seed, copy, photos = seed_of(base), tuned(base, "arcmargin", start_rate, "train"), images_of("train")
     if number == len(VARIETY):
-        fine_tune(copy, photos, rate, seed + number, 3.0)
+        train_images(copy, photos, rate, seed + number, 3.0)
         return copy
     factor, margin, dropped = VARIETY[number]
     classes = np.random.default_rng([seed, number]).permutation(np.unique(photos.labels))
     part = photos.subset(np.isin(photos.labels, classes[: round(0.75 * len(classes))]))
-    fine_tune(copy, part, factor * rate, seed + number, 1.0, margin=margin, patch_dropout=dropped)
+    train_images(copy, part, factor * rate, seed + number, 1.0, margin=margin, patch_dropout=dropped)
     return copy
 
 
@@ -243,7 +268,7 @@ def measured(encoder: gu.Encoder) -> dict[str, np.ndarray]:
     return found
 
 
-# --- parts: each is one call in a process of its own, and leaves one file --------------------------------------------
+# --- parts: each is one call in one of several processes, and leaves one file ----------------------------------------
 
 
 def part_base(base: str) -> dict:
@@ -254,9 +279,12 @@ def part_tuned(base: str, way: str, rate: float, **options) -> dict:
     return measured(tuned(base, way, rate, **options))
 
 
-def part_realigned(base: str, realign_rate: float, way: str = "", **options) -> dict:
-    before = tuned(base, way, **options) if way else open_base(base)
-    return measured(realigned(base, before, realign_rate))
+def part_realigned(base: str, realign_rate: float, **options) -> dict:
+    return measured(realigned(base, realign_rate, **options))
+
+
+def part_captions(finder: str) -> dict:
+    return {"true words": np.array(share_of_true_words(finder))}
 
 
 def part_continued(base: str, start_rate: float, rate: float, number: int) -> dict:
@@ -384,68 +412,103 @@ def name_of(part: str, options: dict) -> str:
     return ",".join([part, *(f"{key}={value}" for key, value in options.items())])
 
 
+def bases_in(options: dict) -> set[str]:
+    return {options.get("base"), options.get("finder")} & set(BASES)
+
+
 @functools.cache
-def made_with() -> str:
-    """What all results rest on; when it changes, they are measured anew."""
-    base = (gu.DATA / "mini_clip" / "open_clip_model.safetensors").read_bytes()
-    settings = [mini_world.VERSION, EPOCHS, RECIPE, VARIETY, REALIGNING, BASES]
-    return json.dumps([*settings, hashlib.blake2b(base, digest_size=8).hexdigest()])
+def digest_of(base: str) -> str:
+    return hashlib.blake2b(base_weights(base).read_bytes(), digest_size=8).hexdigest()
+
+
+def made_with(part: str, options: dict) -> str:
+    """What a result rests on beside its options: when it changes, the result is measured anew."""
+    training_settings = [EPOCHS, RECIPE, OPTIONS.get(options.get("way")), LONG_TAIL, FOUND]
+    settings = {
+        "tuned": training_settings,
+        "realigned": [*training_settings, REALIGNING],
+        "continued": [*training_settings, VARIETY],
+        "soup": [*training_settings, VARIETY],
+        "captions": [FOUND],
+        "nnn": [KS, ALPHAS],
+        "overlap": [OVERLAPS],
+        "gallery": [SIZES],
+    }
+    bases = {base: digest_of(base) for base in sorted(bases_in(options))}
+    return json.dumps([mini_world.VERSION, bases, settings.get(part)])
 
 
 def results_in(file: Path) -> dict[str, dict[str, np.ndarray]]:
-    """{name of a part: {task: array}} of a file; nothing where there is none or it rests on something else."""
-    if not file.exists():
-        return {}
-    with np.load(file) as stored:
-        if str(stored["made_with"]) != made_with():
-            print(f"{file} was made with other settings or weights and is not used", file=sys.stderr)
-            return {}
-        found = {}
-        for key in set(stored.files) - {"made_with"}:
-            part, _, task = key.rpartition("/")
-            found.setdefault(part, {})[task] = stored[key]
-        return found
+    """{name of a part: {task: array}} of a file, nothing where there is none."""
+    found = {}
+    if file.exists():
+        with np.load(file) as stored:
+            for key in stored.files:
+                name, _, task = key.rpartition("/")
+                found.setdefault(name, {})[task] = stored[key]
+    return found
+
+
+def usable(found: dict, part: str, many: list[dict]) -> dict:
+    """The results of `found` that were made with what holds now."""
+    asked = {name_of(part, options): options for options in many}
+    return {
+        name: found[name]
+        for name, options in asked.items()
+        if name in found and str(found[name]["made with"]) == made_with(part, options)
+    }
 
 
 def save_results(file: Path, results: dict[str, dict[str, np.ndarray]]) -> None:
-    arrays = {f"{part}/{task}": values for part in sorted(results) for task, values in results[part].items()}
-    gu.write_atomically(file, lambda stream: np.savez_compressed(stream, made_with=made_with(), **arrays))
+    arrays = {f"{name}/{task}": results[name][task] for name in sorted(results) for task in sorted(results[name])}
+    gu.write_atomically(file, lambda stream: np.savez_compressed(stream, **arrays))
+
+
+def left_over(part: str, many: list[dict]) -> dict:
+    """Results that are not yet in `claims/`, each in the file that its worker wrote."""
+    found = {}
+    for name in {name_of(part, options) for options in many}:
+        found |= results_in(RUNS / "parts" / f"{name}.npz")
+    return usable(found, part, many)
 
 
 def work(part: str, options: dict) -> None:
     """One part in a worker: its scores into a file of its own."""
     name = name_of(part, options)
-    save_results(RUNS / "parts" / f"{name}.npz", {name: globals()[f"part_{part}"](**options)})
+    result = globals()[f"part_{part}"](**options) | {"made with": np.array(made_with(part, options))}
+    save_results(RUNS / "parts" / f"{name}.npz", {name: result})
 
 
 def start_worker() -> None:
-    """One thread for each process, which together are faster than all threads in one; progress lines go into a file."""
+    """One thread for each process, which together are faster than all threads in one; progress lines go into a file. When
+    the command is killed, its workers end too."""
     torch.set_num_threads(1)
     gu.get_faiss().omp_set_num_threads(1)
     sys.stdout = sys.stderr = open(RUNS / "progress.txt", "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def results_of(part: str, many: list[dict]) -> list[dict[str, np.ndarray]]:
     """The results of a part for many options: what is kept, what an earlier run left, and what is measured now."""
-    kept_file, names = KEPT / f"{part}.npz", [name_of(part, options) for options in many]
-    kept = results_in(kept_file)
-    for name in set(names) - set(kept):
-        kept |= results_in(RUNS / "parts" / f"{name}.npz")
-    missing = [options for name, options in zip(names, many, strict=True) if name not in kept]
-    if missing:
-        RUNS.mkdir(parents=True, exist_ok=True)
-        for base in {options["base"] for options in missing}:
-            open_base(base)
-        progress = gu.Progress(len(missing), part, "trainings")
-        spawn, count = multiprocessing.get_context("spawn"), min(os.cpu_count() or 1, len(missing))
-        with ProcessPoolExecutor(count, spawn, start_worker) as pool:
-            for done, _ in enumerate(pool.map(work, itertools.repeat(part), missing), 1):
-                progress.update(done)
-        for name in set(names) - set(kept):
-            kept |= results_in(RUNS / "parts" / f"{name}.npz")
-    if any(name not in results_in(kept_file) for name in names):
-        save_results(kept_file, kept)
-    return [kept[name] for name in names]
+    for base in set().union(*map(bases_in, many)):
+        base_weights(base)  # trained here, before several workers need it
+    kept = results_in(KEPT / f"{part}.npz")
+    found = usable(kept, part, many)
+    if len(found) < len({name_of(part, options) for options in many}):
+        found |= left_over(part, many)
+        missing = {name_of(part, options): options for options in many if name_of(part, options) not in found}
+        if missing:
+            RUNS.mkdir(parents=True, exist_ok=True)
+            progress = gu.Progress(len(missing), part, "parts")
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            spawn, count = multiprocessing.get_context("spawn"), min(cores, len(missing))
+            with ProcessPoolExecutor(count, spawn, start_worker) as pool:
+                for done, _ in enumerate(pool.map(work, itertools.repeat(part), missing.values()), 1):
+                    progress.update(done)
+            found |= left_over(part, many)
+        save_results(KEPT / f"{part}.npz", results_in(KEPT / f"{part}.npz") | found)
+    return [found[name_of(part, options)] for options in many]
 
 
 def best(part: str, many: list[dict], score) -> dict:
@@ -544,10 +607,12 @@ def soups() -> dict[str, list[dict]]:
 FINDERS = ("true_1.0", "true_0.75", "true_0.5", "true_0.25", "true_0.0", "epochs_5.5", "epochs_11", "0", "clean_33")
 
 
-def found_by() -> dict[str, dict]:
-    """{finder: MCIP's result with its captions}, on the base of seed 0, at the settings chosen for it."""
+def found_by() -> dict[str, tuple[float, dict]]:
+    """{finder: (share of true words in its captions, MCIP's result with them)}, on the base of seed 0."""
     options = text_options()["mcip"]
-    return dict(zip(FINDERS, results_of("tuned", [options | {"finder": finder} for finder in FINDERS]), strict=True))
+    tuned_with = results_of("tuned", [options | {"finder": finder} for finder in FINDERS])
+    shares = results_of("captions", [{"finder": finder} for finder in FINDERS])
+    return {finder: (float(s["true words"]), r) for finder, s, r in zip(FINDERS, shares, tuned_with, strict=True)}
 
 
 def neighbor_normalization() -> dict[str, list[dict]]:
@@ -564,5 +629,5 @@ def neighbor_normalization() -> dict[str, list[dict]]:
     return found
 
 
-def drop(options: dict, key: str) -> dict:
-    return {name: value for name, value in options.items() if name != key}
+def drop(options: dict, *keys: str) -> dict:
+    return {name: value for name, value in options.items() if name not in keys}

@@ -11,7 +11,6 @@ import gzip
 import hashlib
 import json
 import re
-import shutil
 import sys
 import time
 from itertools import pairwise
@@ -100,7 +99,7 @@ def pretrain(out: Path, epochs: float, batch_size: int, rate: float, wrong: floa
     report = gu.Progress(0, "drawing pairs").update
     world = mini_world.load_split("pairs", cache, report=report)
     print(f"{len(world['images']):,} pairs after {time.time() - started:.0f} s", flush=True)
-    new = cache / "new_mini_clip"  # what lies in `out` stays whole until all of it can be replaced
+    new = cache / f"new_{out.name}"  # what lies in `out` stays whole until all of it can be replaced
     new.mkdir(parents=True, exist_ok=True)
     texts = [text for captions in world["captions"] for text in captions]
     for domain, _, number, view in mini_world.rows_of("captions_validation"):
@@ -128,7 +127,8 @@ def pretrain(out: Path, epochs: float, batch_size: int, rate: float, wrong: floa
     )  # fmt: skip
     weights = {name: tensor.detach().contiguous() for name, tensor in objective.model.state_dict().items()}
     save_file(weights, new / "open_clip_model.safetensors")
-    shutil.copytree(new, out, dirs_exist_ok=True)
+    for file in sorted(new.iterdir(), key=lambda file: file.suffix == ".safetensors"):  # the weights last
+        gu.write_atomically(out / file.name, lambda stream, file=file: stream.write(file.read_bytes()))
     size = (out / "open_clip_model.safetensors").stat().st_size / 1e6
     print(f"{out}: {size:.1f} MB after {(time.time() - started) / 60:.0f} min")
 

@@ -2,7 +2,8 @@
 
 Reached as `gpnns_utils.training`, which loads it when it is first named: whoever only searches never imports it.
 
-the margin -> other losses -> data -> captions -> what is trained -> the loop -> several processes -> its parts
+the margin -> other losses -> data -> captions -> what is trained -> a whole fine-tuning -> the loop -> several processes
+-> its parts
 """
 
 import contextlib
@@ -292,7 +293,8 @@ def multi_caption_loss(
     """MCIP's loss of images (n, d) among unit captions (m, d), own: bool (n, m), which captions belong to which image.
 
     A softmax over all captions of the batch, the own ones made harder by a margin, against equal shares for them; plus a
-    tenth of the largest term of a caption that is not the image's own. Source: 2409.01936, MCArcMargin.
+    tenth of the largest -log share of a caption, each times what its target lacks to 1: mostly that of the farthest caption
+    of another image. An image without captions has this last term alone. Source: 2409.01936, MCArcMargin.
     """
     with torch.autocast(embeddings.device.type, enabled=False):
         if own.shape[1] == 0:
@@ -514,8 +516,9 @@ def fine_tune(
     warmup: share of the steps. settings: go to `fit`, such as seed, ema, lr_min, draw.
     """
     views = training_transform(encoder, flip, jitter)
+    before = gu.embed_images(encoder, images)  # takes files that cannot be read out of `images`
     data = TrainingImages(images, views)
-    start, counts = class_means(gu.embed_images(encoder, images), data.labels), np.bincount(data.labels)
+    start, counts = class_means(before, data.labels), np.bincount(data.labels)
     drop_patches(encoder, patch_dropout)  # where it has patches
     torch.manual_seed(settings.get("seed", 0))
     module = loss(start, counts) if loss else ArcMargin(encoder.dim, len(start), scale, margin, start=start)
@@ -527,7 +530,8 @@ def fine_tune(
     groups = image_parameters(encoder, rate, layer_decay, weight_decay)
     groups.append({"params": module.parameters(), "lr": proxy_rate, "weight_decay": weight_decay})
     size = min(batch_size, len(data))
-    settings = {"warmup": int(warmup * round(epochs * (len(data) // size)))} | settings
+    steps = epochs * (len(data) // size) / settings.get("accumulate", 1)
+    settings = {"warmup": int(warmup * round(steps))} | settings
     settings["validate"] = lambda: 100 * image_to_image(encoder, choose_on).mean
     log = fit_in_processes(processes, objective, data, folder, groups, epochs=epochs, batch_size=size, **settings)
     drop_patches(encoder, 0)

@@ -1,5 +1,8 @@
 """The table of the papers' claims: made from the shipped scores by one command, checked against scipy, resumable."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -41,28 +44,75 @@ def test_a_part_is_measured_once_and_a_killed_run_keeps_what_was_finished(tmp_pa
     monkeypatch.setattr(measure_claims, "ProcessPoolExecutor", InLine)
     asked = []
 
-    def part_tried(base, number):
+    def part_tuned(base, number):
         asked.append(number)
         if number == 3 and asked.count(3) == 1:
             raise KeyboardInterrupt
         return {"score": np.arange(number)}
 
-    monkeypatch.setattr(measure_claims, "part_tried", part_tried, raising=False)
+    monkeypatch.setattr(measure_claims, "part_tuned", part_tuned)
     many = [{"base": "0", "number": number} for number in (1, 2, 3)]
     with pytest.raises(KeyboardInterrupt):
-        measure_claims.results_of("tried", many)
+        measure_claims.results_of("tuned", many)
     for _ in range(2):
-        results = measure_claims.results_of("tried", many)
+        results = measure_claims.results_of("tuned", many)
         assert [len(result["score"]) for result in results] == [1, 2, 3]
     assert asked == [1, 2, 3, 3]
-    assert (tmp_path / "claims" / "tried.npz").exists()
-    monkeypatch.setattr(
-        measure_claims, "RECIPE", measure_claims.RECIPE | {"scale": 30.0}
-    )  # another recipe: nothing of the old one may be used
-    measure_claims.made_with.cache_clear()
-    measure_claims.results_of("tried", many[:1])
-    measure_claims.made_with.cache_clear()
-    assert asked == [1, 2, 3, 3, 1]
+    written = (tmp_path / "claims" / "tuned.npz").read_bytes()
+    measure_claims.save_results(tmp_path / "again.npz", measure_claims.results_in(tmp_path / "claims" / "tuned.npz"))
+    assert (tmp_path / "again.npz").read_bytes() == written, "the same results are the same bytes"
+    measure_claims.results_of("tuned", [many[0], many[0] | {"number": 4}, many[0] | {"number": 4}])
+    assert asked == [1, 2, 3, 3, 4], "another part is added, and asked for twice it is measured once"
+    assert len(measure_claims.results_in(tmp_path / "claims" / "tuned.npz")) == 4
+    monkeypatch.setattr(measure_claims, "RECIPE", measure_claims.RECIPE | {"scale": 30.0})
+    measure_claims.results_of("tuned", many[:1])
+    assert asked == [1, 2, 3, 3, 4, 1], "with another recipe nothing of the old one may be used"
+
+
+def test_a_result_rests_on_its_own_settings_and_bases_alone(monkeypatch):
+    kept = {
+        part: measure_claims.made_with(part, {"base": "1", "way": "adaptive", "finder": "2"})
+        for part in ("tuned", "nnn")
+    }
+    monkeypatch.setitem(measure_claims.BASES, "another", ["--seed", "9"])
+    monkeypatch.setattr(measure_claims, "ALPHAS", (0.0, 1.0))
+    monkeypatch.setitem(measure_claims.OPTIONS, "adaptive", (0.1, 0.5))
+    now = {part: measure_claims.made_with(part, {"base": "1", "way": "adaptive", "finder": "2"}) for part in kept}
+    assert now["tuned"] != kept["tuned"] and now["nnn"] != kept["nnn"]
+    assert measure_claims.made_with("tuned", {"base": "1", "way": "softmax"}) != measure_claims.made_with(
+        "tuned", {"base": "2", "way": "softmax"}
+    ), "weights of another base"
+
+
+def test_what_is_shipped_is_used_as_it_is():
+    """No result in `claims/` rests on settings or weights that have changed since."""
+    kinds = {"rate": float, "weight": float, "alpha": float, "k": int}
+    for file in sorted(measure_claims.KEPT.glob("*.npz")):
+        found = measure_claims.results_in(file)
+        for name, result in found.items():
+            listed = dict(part.split("=") for part in name.split(",")[1:])
+            options = {key: kinds.get(key, str)(value) for key, value in listed.items()}
+            assert measure_claims.name_of(file.stem, options) == name
+            assert str(result["made with"]) == measure_claims.made_with(file.stem, options), name
+
+
+def test_processes_that_need_one_training_take_turns(tmp_path, monkeypatch):
+    monkeypatch.setattr(measure_claims, "RUNS", tmp_path)
+    inside, most = [], []
+
+    @measure_claims.alone
+    def train(base, rate=1.0):
+        inside.append(base)
+        most.append(inside.count(base))
+        time.sleep(0.05)
+        inside.remove(base)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(train, ["0", "0", "1", "0"]))
+    assert max(most) == 1
+    assert len(list((tmp_path / "locks").iterdir())) == 2, "a training has one lock, however its settings are given"
+    train("0", 1.0), train(base="0")
+    assert len(list((tmp_path / "locks").iterdir())) == 2
 
 
 def test_the_best_setting_is_the_one_that_validation_prefers(monkeypatch):
@@ -148,17 +198,10 @@ def test_every_way_to_train_runs_in_small_and_changes_what_it_should(tmp_path, m
         return [torch.cat([v.flatten() for k, v in state.items() if k.startswith("visual.") == own]) for own in (1, 0)]
 
     images, texts = weights(measure_claims.open_base("0"))
-    for options in (
-        {"way": "softmax"},
-        {"way": "adaptive"},
-        {"way": "subcenters"},
-        {"way": "arcmargin", "finder": "0"},
-    ):
-        share = {"weight": 0.5} if "finder" in options else {}
-        tuned = measure_claims.tuned("0", rate=1e-3, **options, **share)
-        moved, kept = weights(tuned)
+    for options in ({"way": "adaptive"}, {"way": "arcmargin", "finder": "0", "weight": 0.5}):
+        moved, kept = weights(measure_claims.tuned("0", rate=1e-3, **options))
         assert not torch.equal(moved, images) and torch.equal(kept, texts), options
-    again, _ = weights(measure_claims.tuned("0", rate=1e-3, **options, **share))
+    again, _ = weights(measure_claims.tuned("0", rate=1e-3, **options))
     assert torch.equal(again, moved), "the second call finds the training done"
-    kept, moved = weights(measure_claims.realigned("0", tuned, 1e-3))
+    kept, moved = weights(measure_claims.realigned("0", 1e-3, rate=1e-3, **options))
     assert torch.equal(kept, again) and not torch.equal(moved, texts)
