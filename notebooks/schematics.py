@@ -38,7 +38,7 @@ def box(axis, x: float, y: float, text: str, color: str = PLAIN, width: float = 
         edgecolor=INK, linewidth=1.2,
     )  # fmt: skip
     axis.add_patch(shape)
-    axis.text(x, y, text, ha="center", va="center", fontsize=10.5, color=INK, linespacing=1.25)
+    axis.text(x, y, text, ha="center", va="center", fontsize=min(10.5, 9.5 * width), color=INK, linespacing=1.25)
 
 
 def arrow(
@@ -81,13 +81,20 @@ def measuring() -> plt.Axes:
         color = "#999999" if i == 0 else RIGHT if number == 4 else WRONG
         photo(axis, x, 1.45, "test", "products", number, view, 0.7)
         axis.add_patch(plt.Rectangle((x - 0.37, 1.08), 0.74, 0.74, fill=False, edgecolor=color, linewidth=3))
-        note(axis, x, 0.85, "left out" if i == 0 else f"rank {i}", 9.5, color)
+        note(
+            axis,
+            x,
+            0.85,
+            "left out" if i == 0 else f"{'✓' if number == 4 else '✗'} rank {i}",
+            9.5,
+            INK if i == 0 else color,
+        )
     axis.plot([1.8, 2.6], [1.05, 1.85], color="#999999", linewidth=2.5, zorder=5)
-    note(axis, 2.2, 2.2, "the query\nitself", 9.5, "#666666")
-    note(axis, 5.3, 2.2, "green: the same thing as the query; red: another one", 10)
-    note(axis, 5.3, 0.4, "right answers at ranks 1, 2, 4 and 6; every score is computed from these four numbers", 10)
+    note(axis, 2.2, 2.2, "the query\nitself", 9.5)
+    note(axis, 5.3, 2.2, "✓ the same vase as the query      ✗ a different one", 10.5)
+    note(axis, 5.3, 0.4, "right answers at ranks 1, 2, 4 and 6: the scores are computed from these four numbers", 10)
     arrow(axis, (7.95, 1.45), (8.3, 1.45))
-    note(axis, 8.65, 1.45, "all other\nimages", 9.5)
+    note(axis, 8.6, 1.45, "more, no\nvase like\nthis one", 9)
     return axis
 
 
@@ -107,53 +114,61 @@ def finetuning() -> plt.Axes:
 
     own, image, shifted = 100, 62, 36
     for degrees, color in ((own, RIGHT), (205, "#999999"), (305, "#999999")):
-        axis.plot(*on_circle(degrees), "s", color=color, markersize=10, markeredgecolor=INK)
+        axis.plot(*on_circle(degrees), "s", color=TRAINED, markersize=11, markeredgecolor=color, markeredgewidth=2.2)
         arrow(axis, tuple(center), tuple(on_circle(degrees, 0.93)), color, "-")
-    axis.plot(*on_circle(image), "o", color=TRAINED, markersize=10, markeredgecolor=INK, zorder=4)
+    axis.plot(
+        *on_circle(shifted), "o", color=PLAIN, markersize=10, markeredgecolor=WRONG, markeredgewidth=1.8, zorder=4
+    )
+    axis.plot(*on_circle(image), "o", color=INK, markersize=10, markeredgecolor=INK, zorder=4)
     arrow(axis, tuple(center), tuple(on_circle(image, 0.95)), INK, "-")
-    arrow(axis, tuple(center), tuple(on_circle(shifted, 1.0)), WRONG, "-", dashed=True)
+    arrow(axis, tuple(center), tuple(on_circle(shifted, 0.95)), WRONG, "-", dashed=True)
     for start, end, color, size in ((image, own, INK, 0.95), (shifted, image, WRONG, 1.25)):
         axis.add_patch(matplotlib.patches.Arc(center, size, size, theta1=start, theta2=end, color=color, linewidth=1.8))
     note(axis, *(on_circle(own, 1.17) + [-0.25, 0]), "own proxy", 9.5, RIGHT)
     note(axis, *(center + [-0.1, -0.62]), "other proxies", 9, "#666666")
     note(axis, *(on_circle(image, 1.05) + [0.4, 0.05]), "image", 9.5)
     note(axis, *(on_circle(81, 0.6)), "angle", 9)
-    note(axis, *(on_circle(shifted, 1.1) + [0.85, 0.05]), "as the loss sees it:\nplus the margin", 9, WRONG)
-    note(axis, center[0], 0.4, "unit vectors only; proxies are trained too", 9)
+    note(axis, *(on_circle(shifted, 1.1) + [0.85, 0.05]), "where the loss\nsees the image", 9, WRONG)
+    note(axis, *on_circle(47, 0.78), "margin", 9, WRONG)
+    note(axis, center[0], 0.4, "the circle: unit vectors", 9)
     arrow(axis, (6.15, 1.82), (7.3, 1.82))
     box(axis, 8.05, 1.82, "softmax over\nscale × cosines", PLAIN, 1.45, 0.72)
-    note(axis, 8.05, 1.22, "loss: −log of the\nown class's share", 9)
-    box(axis, 2.2, 0.72, "text tower", FIXED)
-    note(axis, 3.05, 0.72, "takes no part", 9, align="left")
-    legend(axis, 0.3, 0.18)
+    note(axis, 8.05, 1.22, "loss: −log of the share\nof the image's class", 9)
+    box(axis, 2.2, 0.85, "text tower", FIXED)
+    note(axis, 2.2, 0.42, "takes no part", 9)
+    legend(axis, 6.2, 0.25)
     return axis
 
 
 def keeping_text() -> plt.Axes:
     """04: three recipes, what each trains and where its loss sits."""
-    axis = canvas(9, 3.5)
-    recipes = [
-        ("image-only", "image tower", TRAINED, "text tower", FIXED, "labels", "margin on\nthe classes"),
-        ("2SFT, second stage", "image tower", FIXED, "end of the\ntext tower", TRAINED, "pairs", "contrast of images\nand captions"),
-        ("MCIP", "image tower", TRAINED, "text tower", FIXED, "both", "margin on classes\nand found captions"),
+    axis = canvas(9, 3.7)
+    given, found = "its caption,\n“a castle\n…”", "captions\nfound in\na bank"
+    recipes = [  # title, image tower, its state, text tower, its state, what enters it, the loss
+        ("image-only", "image tower", TRAINED, "text tower", FIXED, "", "classes"),
+        ("2SFT, second stage", "image tower,\nfine-tuned", FIXED, "text tower,\nits end", TRAINED, given, "image and\nits caption"),
+        ("MCIP", "image tower", TRAINED, "text tower", FIXED, found, "classes and\ncaptions"),
     ]  # fmt: skip
-    for i, (title, image, image_color, text, text_color, learns, loss) in enumerate(recipes):
-        left = 0.15 + 3.0 * i
-        note(axis, left + 1.4, 3.25, title, 12)
-        photo(axis, left + 0.35, 2.45, "train", "landmarks", 3, 0)
-        note(axis, left + 0.36, 1.35, "“a castle\nwith three\ntowers”", 8.5)
-        box(axis, left + 1.35, 2.45, image, image_color, 1.1)
-        box(axis, left + 1.35, 1.35, text, text_color, 1.1)
-        for y in (2.45, 1.35):
-            arrow(axis, (left + 0.68, y), (left + 0.79, y))
-        used = {"labels": (2.45,), "pairs": (2.45, 1.35), "both": (2.45, 1.35)}[learns]
-        for y in used:
-            arrow(axis, (left + 1.9, y), (left + 2.22, 1.9 + 0.2 * np.sign(y - 1.9)))
-        axis.plot(left + 2.32, 1.9, "*", color=WRONG, markersize=15)
-        note(axis, left + 1.4, 0.72, "loss: " + loss, 9, WRONG)
+    for i, (title, image, image_color, text, text_color, enters, loss) in enumerate(recipes):
+        left = 0.1 + 3.0 * i
+        note(axis, left + 1.4, 3.45, title, 12)
+        photo(axis, left + 0.42, 2.6, "train", "landmarks", 3, 0)
+        note(axis, left + 0.42, 1.2, enters, 8)
+        box(axis, left + 1.45, 2.6, image, image_color, 1.05)
+        box(axis, left + 1.45, 1.2, text, text_color, 1.05)
+        box(axis, left + 2.38, 1.9, loss, PLAIN, 0.92, 0.55)
+        arrow(axis, (left + 0.75, 2.6), (left + 0.9, 2.6))
+        arrow(axis, (left + 1.98, 2.6), (left + 2.38, 2.2))
+        if enters:
+            arrow(axis, (left + 0.82, 1.2), (left + 0.92, 1.2))
+            arrow(axis, (left + 1.98, 1.2), (left + 2.38, 1.6))
+        else:
+            note(axis, left + 1.45, 0.7, "takes no part", 9)
     for x in (3.0, 6.0):
-        axis.plot([x, x], [0.45, 3.35], color="#CCCCCC", linewidth=1)
-    legend(axis, 3.15, 0.16)
+        axis.plot([x, x], [0.5, 3.6], color="#CCCCCC", linewidth=1)
+    legend(axis, 2.6, 0.2)
+    axis.add_patch(plt.Rectangle((5.35, 0.12), 0.2, 0.16, facecolor=PLAIN, edgecolor=INK, linewidth=1))
+    note(axis, 5.63, 0.2, "what the loss asks for", 9, align="left")
     return axis
 
 
@@ -172,35 +187,42 @@ def soup() -> plt.Axes:
     axis.plot(*ends.T, "o", color=TRAINED, markersize=12, markeredgecolor=INK, linestyle="none", zorder=4)
     axis.plot(*start, "o", color=FIXED, markersize=13, markeredgecolor=INK, zorder=4)
     axis.plot(*ends.mean(axis=0), "*", color=WRONG, markersize=22, markeredgecolor="white", zorder=5)
-    note(axis, start[0], 1.2, "the start that\nall of them share", 10)
+    note(axis, 0.62, 1.6, "shared\nstart", 10)
     note(axis, 5.75, 2.85, "four fine-tunings", 10)
     note(axis, 5.0, 1.64, "their average", 11, "#A33F00", align="left")
     note(axis, 6.2, 0.25, "darker: lower loss", 9)
+    note(axis, 3.2, 0.15, "one weight →", 9)
+    axis.text(0.15, 2.4, "another weight →", fontsize=9, color=INK, rotation=90, va="center", ha="center")
     return axis
 
 
 def hubs() -> plt.Axes:
-    """06: a bias per image, from its nearest references."""
-    axis = canvas(9, 3.0)
-    photo(axis, 0.6, 1.6, "captions", "landmarks", 5, 0, 0.8)
-    note(axis, 0.6, 0.95, "an image of\nthe gallery", 9.5)
-    center, rng = np.array([3.0, 1.55]), np.random.default_rng(6)
-    points = center + rng.uniform(-1, 1, (30, 2)) * [1.25, 0.95]
+    """06: a bias per image, from its nearest references; computed once, subtracted from every score."""
+    axis = canvas(9, 3.2)
+    photo(axis, 0.6, 1.5, "captions", "landmarks", 5, 0, 0.8)
+    note(axis, 0.6, 0.85, "this image", 9.5)
+    center, rng = np.array([2.75, 1.5]), np.random.default_rng(11)
+    axis.add_patch(plt.Rectangle((1.5, 0.6), 2.5, 1.8, facecolor="#F7F7F7", edgecolor="#CCCCCC"))
+    points = center + rng.uniform(-1, 1, (28, 2)) * [1.1, 0.75]
     order = np.argsort(np.linalg.norm(points - center, axis=1))
     for row in order[:5]:
         arrow(axis, tuple(center), tuple(points[row]), WRONG, "-")
     axis.plot(*points[order[5:]].T, "^", color="#AAAAAA", markersize=7)
-    axis.plot(*points[order[:5]].T, "^", color=WRONG, markersize=8)
-    axis.plot(*center, "o", color=PLAIN, markersize=13, markeredgecolor=INK, zorder=4)
-    arrow(axis, (1.05, 1.6), (1.75, 1.6))
-    note(axis, 3.0, 2.75, "reference queries, such as old captions", 9.5, "#666666")
-    note(axis, 3.0, 0.35, "the k nearest (here 5)", 9.5, WRONG)
-    arrow(axis, (4.45, 1.6), (4.95, 1.6))
-    box(axis, 5.85, 1.6, "alpha × the mean\nof their scores", PLAIN, 1.75, 0.75)
-    note(axis, 5.85, 1.0, "= the image's bias,\none number, computed once", 9)
-    arrow(axis, (6.75, 1.6), (7.2, 1.6))
-    box(axis, 8.05, 1.6, "score of a query\nminus bias", PLAIN, 1.6, 0.75)
-    note(axis, 8.05, 1.0, "hubs lose most,\nothers hardly", 9)
+    axis.plot(*points[order[:5]].T, "^", color=WRONG, markersize=8, zorder=3)
+    axis.plot(*center, "o", color=INK, markersize=10, zorder=4)
+    arrow(axis, (1.05, 1.5), (1.48, 1.5))
+    note(axis, 2.75, 2.58, "▲ reference queries, such as training captions", 9.5, "#666666")
+    note(axis, 2.75, 0.38, "the k nearest of them (here 5)", 9.5, WRONG)
+    arrow(axis, (4.02, 1.5), (4.42, 1.5))
+    box(axis, 5.2, 1.5, "alpha × mean of\ntheir k scores", PLAIN, 1.5, 0.75)
+    note(axis, 5.2, 0.88, "= this image's bias", 9.5)
+    axis.plot([6.2, 6.2], [0.2, 3.0], color="#999999", linewidth=1.2, linestyle="--")
+    note(axis, 3.2, 2.98, "once, before any search", 11.5)
+    note(axis, 7.6, 2.98, "for each query", 11.5)
+    note(axis, 7.6, 2.35, "“a castle with three towers”", 10)
+    arrow(axis, (7.6, 2.2), (7.6, 1.9))
+    box(axis, 7.6, 1.5, "score of query and image\nminus the image's bias", PLAIN, 2.25, 0.75)
+    note(axis, 7.6, 0.75, "hubs, near to many queries,\nlose more than other images", 9.5)
     return axis
 
 
