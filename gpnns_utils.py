@@ -68,6 +68,7 @@ ELSEWHERE = {
     "checkpoints": ("load_checkpoint",),
     "parameters": ("take_parameters",),
     "training": (),
+    "claims_table": (),
 }
 
 

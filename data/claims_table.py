@@ -11,9 +11,12 @@ from __future__ import annotations
 
 import csv
 import io
+import os
+import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from scipy.stats import bootstrap, skew
@@ -21,19 +24,25 @@ from scipy.stats import bootstrap, skew
 DATA = Path(__file__).resolve().parent
 sys.path.insert(0, str(DATA.parent))
 from gpnns_utils.measure_claims import (  # noqa: E402
-    CAPTION_WEIGHTS,
+    KEPT,
+    OPTIONS,
     OVERLAPS,
+    RATES,
     SEEDS,
     SIZES,
-    VARIETY,
+    TEXT_STAYS,
+    WITHIN,
     drop,
     found_by,
     frontier,
+    frontier_of_2sft,
     images_of,
     ladder,
     ladder_options,
     neighbor_normalization,
+    results_in,
     results_of,
+    save_results,
     soups,
     text_models,
     text_options,
@@ -45,148 +54,188 @@ import gpnns_utils as gu  # noqa: E402
 
 
 def points(results: list[dict], task: str) -> np.ndarray:
-    """Per cent for each query, its mean over seeds, (n,). task: an array's name, for ranks of texts and captions with the
-    measure behind it: "text R@5", "caption R@1", "text mAP"."""
+    """Per cent for each query and seed, (seeds, n). task: an array's name, for ranks of texts and captions with the measure
+    behind it: "text R@5", "caption R@1", "text mAP"."""
     name, _, measure = task.rpartition(" ")
     if measure == "mAP":
-        return np.mean([100 / result[name].astype(float) for result in results], axis=0)
+        return np.array([100 / result[name].astype(float) for result in results])  # one right answer: precision there
     if measure.startswith("R@"):
-        return np.mean([100.0 * (result[name] <= int(measure.removeprefix("R@"))) for result in results], axis=0)
-    return np.mean([100 * result[task].astype(float) for result in results], axis=0)
+        return np.array([100.0 * (result[name] <= int(measure.removeprefix("R@"))) for result in results])
+    return np.array([100 * result[task].astype(float) for result in results])
 
 
-def interval(values: np.ndarray, task: str, where: np.ndarray | slice = slice(None)) -> tuple[float, float, float]:
-    """Mean and 95 % interval: classes are drawn for image queries, which succeed and fail together, else queries."""
-    labels = images_of("test").labels
-    clusters = {len(labels): labels, (len(labels) + 1) // 2: labels[1::2]}[len(values)] if "image" in task else None
-    score = gu.Score(values[where])
-    return score.mean, *score.interval(None if clusters is None else clusters[where])
+class Difference(NamedTuple):
+    """A method minus its control, in points: the mean, its 95 % interval, and the mean of each seed."""
+
+    mean: float
+    low: float
+    high: float
+    seeds: tuple[float, ...]
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.1f} [{self.low:+.1f}, {self.high:+.1f}]"
 
 
-def row(claim: str, source: str, paper: float | None, found: tuple, condition: str, shown: bool | None = None) -> dict:
-    """A line of the table. found: (mean, low, high) in points; a claim is shown when its whole interval is above 0, unless
-    `shown` says otherwise."""
-    ours, low, high = (round(float(value), 2) for value in found)
+def difference(method: np.ndarray, control: np.ndarray, classes: np.ndarray | None = None) -> Difference:
+    """Query by query, seeds averaged first; both (seeds, n). classes: of the queries, which are then drawn class by class:
+    images of a class succeed and fail together."""
+    each = method - control
+    score = gu.Score(each.mean(axis=0))
+    return Difference(score.mean, *score.interval(classes), tuple(each.mean(axis=1)))
+
+
+def test_classes() -> np.ndarray:
+    return images_of("test").labels
+
+
+def row(claim: str, source: str, paper: float | None, found: Difference, condition: str, at_least: float = 0.0) -> dict:
+    """A line of the table, in points. A claim is shown when its whole interval lies above `at_least`."""
     line = {"claim": claim, "source": source, "paper": None if paper is None else round(float(paper), 1)}
-    line |= {"ours": ours, "low": low, "high": high, "seeds": len(SEEDS)}
-    return line | {"shown": "yes" if (low > 0 if shown is None else shown) else "no", "condition": condition}
-
-
-def said(found: tuple) -> str:
-    return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*found)
+    line |= {name: round(float(value), 2) for name, value in zip(("ours", "low", "high"), found, strict=False)}
+    line |= {"seeds": len(SEEDS), "shown": "yes" if line["low"] > at_least else "no"}
+    return line | {"condition": f"by seed {', '.join(f'{value:+.1f}' for value in found.seeds)}; {condition}"}
 
 
 # --- claims ----------------------------------------------------------------------------------------------------------
 
 
+def base_results() -> list[dict]:
+    return results_of("base", [{"base": str(seed)} for seed in SEEDS])
+
+
 def claims_of_losses() -> list[dict]:
-    steps, bases = ladder(), results_of("base", [{"base": str(seed)} for seed in SEEDS])
-    image = {name: points(results, "image") for name, results in {"base": bases, **steps}.items()}
+    image = {name: points(results, "image") for name, results in {"base": base_results(), **ladder()}.items()}
+    classes, domains = test_classes(), images_of("test").groups
 
-    def gain(name: str, control: str, where: np.ndarray | slice = slice(None)) -> tuple:
-        return interval(image[name] - image[control], "image", where)
+    def gain(name: str, control: str = "base") -> Difference:
+        return difference(image[name], image[control], classes)
 
-    domains = images_of("test").groups
-    by_domain = {domain: gain("arcmargin", "base", domains == domain) for domain in dict.fromkeys(domains.tolist())}
-    weakest = min(by_domain, key=lambda domain: by_domain[domain][0])
     table = {line["loss"]: line["avg"] for line in gu.load_published("gpnns_table4") if line["model"] == "CLIP ViT-B"}
-    units, whole = said(gain("margin 0", "base")), said(gain("arcmargin", "base"))
-    plain = f"base {image['base'].mean():.1f} mAP"
-    clean = f"on `train`, whose classes have 5 to 45 images; there ArcMargin gains {whole}"
-    lost = said(gain("arcmargin, wrong labels", "arcmargin"))
+    tail, swept = "classes of 2 to 45 images", f"rates chosen among {', '.join(f'{rate:g}' for rate in RATES)}"
+    lines = []
+    for domain in dict.fromkeys(domains.tolist()):
+        here = domains == domain
+        found = difference(image["arcmargin"][:, here], image["base"][:, here], classes[here])
+        lines.append(
+            row(
+                f"ArcMargin lifts image search for unseen classes: {domain}", "GP-NNS, Table 4", None, found,
+                f"base {image['base'][:, here].mean():.1f} mAP",
+            )
+        )  # fmt: skip
     return [
         row(
-            "ArcMargin lifts image search for unseen classes, in every domain", "GP-NNS, Table 4", table["ArcMargin"] - table["-"],
-            gain("arcmargin", "base"), f"{plain}; the least in {weakest}, {said(by_domain[weakest])}",
-            shown=all(low > 0 for _, low, _ in by_domain.values()),
+            "ArcMargin lifts image search for unseen classes", "GP-NNS, Table 4", table["ArcMargin"] - table["-"],
+            gain("arcmargin"), f"base {image['base'].mean():.1f} mAP; {swept}",
         ),
+        *lines,
         row(
-            "The margin itself lifts, beside unit vectors and scale", "GP-NNS, Table 4", None, gain("arcmargin", "margin 0"),
-            f"unit vectors and scale alone gain {units}",
+            "The margin itself lifts, beside unit vectors and scale", "GP-NNS, Table 4", None,
+            gain("arcmargin", "margin 0"),
+            f"unit vectors and scale gain {gain('margin 0', 'softmax')} over a plain softmax",
         ),
         row(
             "ArcMargin lifts more than ProxyAnchor", "GP-NNS, Table 4", table["ArcMargin"] - table["ProxyAnchor"],
-            gain("arcmargin", "proxyanchor"), f"ProxyAnchor gains {said(gain('proxyanchor', 'base'))}",
+            gain("arcmargin", "proxyanchor"), f"ProxyAnchor gains {gain('proxyanchor')} over the base",
         ),
         row(
             "ArcMargin lifts more than a plain softmax", "GP-NNS, Table 4", table["ArcMargin"] - table["SCE"],
-            gain("arcmargin", "softmax"), f"softmax gains {said(gain('softmax', 'base'))}",
+            gain("arcmargin", "softmax"), f"softmax gains {gain('softmax')} over the base",
         ),
         row(
             "Margins by class size beat one margin on a long tail", "GUIE, 4th place", None,
-            gain("adaptive, long tail", "arcmargin, long tail"), f"classes of 2 to 45 images; {clean}",
+            gain("adaptive, long tail", "arcmargin, long tail"),
+            f"{tail}; margins {ladder_margins()} won on validation; one margin gains {gain('arcmargin, long tail')} over the base",
         ),
         row(
             "Sub-centers beat one center on wrong labels", "GUIE, 4th place", None,
             gain("sub-centers, wrong labels", "arcmargin, wrong labels"),
-            f"a tenth of the labels is wrong, which costs ArcMargin {lost}",
+            f"a tenth of the labels is wrong, which costs ArcMargin {gain('arcmargin, wrong labels', 'arcmargin')}",
         ),
     ]  # fmt: skip
+
+
+def ladder_margins() -> str:
+    """The lowest and highest margin that validation preferred on the long tail."""
+    return "{} to {}".format(*OPTIONS[ladder_options()["adaptive, long tail"]["way"]])
 
 
 def claims_of_text() -> list[dict]:
-    found = text_models([str(seed) for seed in SEEDS])
+    found, classes = text_models([str(seed) for seed in SEEDS]), test_classes()
     published = [line for line in gu.load_published("mcip_table1") if line["model"].startswith("OpenAI")]
     columns = ("flickr30k_t2i_r5", "coco_t2i_r5")
     base, image_only, two, mcip, both = (np.mean([line[column] for column in columns]) for line in published)
+    options, texts = text_options(), f"R@5 of {len(images_of('captions')):,} texts"
 
-    def gain(name: str, control: str, task: str = "text R@5") -> tuple:
-        return interval(points(found[name], task) - points(found[control], task), task)
+    def text(name: str, control: str) -> Difference:
+        return difference(points(found[name], "text R@5"), points(found[control], "text R@5"))
 
-    pairs_alone = said(gain("base+realigned", "base"))
-    costs, loses = gain("mcip", "image-only", "image"), gain("mcip", "base")
-    options = text_options()
-    rates = ", ".join(f"{name} {options[name]['rate']:g}" for name in options)
-    heavy = results_of("tuned", [options["mcip"] | {"weight": max(CAPTION_WEIGHTS)}])
-    kept = interval(points(heavy, "text R@5") - points(found["base"][:1], "text R@5"), "text")
-    paid = interval(points(heavy, "image") - points(found["image-only"][:1], "image"), "image")
-    at_most = f"with a share of {max(CAPTION_WEIGHTS)} text is {said(kept)} beside the base, images {said(paid)} beside image-only"
+    def image(name: str, control: str) -> Difference:
+        return difference(points(found[name], "image"), points(found[control], "image"), classes)
+
+    gentle = {}  # what keeps most text, with seed 0
+    for kind in ("2SFT", "MCIP"):
+        line = max((p for p in curve_of_frontier() if p["line"].startswith(kind) and p["x"] > 1), key=lambda p: p["y"])
+        kept = Difference(line["y"], line["low"], line["high"], ())
+        gentle[kind] = (
+            f"most text is kept with seed 0 by {line['line']}, {line['label']}: {kept}, images {line['x']:+.1f}"
+        )
+    chosen = f"share {options['mcip']['weight']}, rate {options['mcip']['rate']:g}"
     return [
         row(
-            "Image-only tuning loses text search", "MCIP, Table 1", image_only - base, gain("image-only", "base"),
-            f"R@5 of {len(images_of('captions')):,} texts; images gain {said(gain('image-only', 'base', 'image'))}; rates chosen: {rates}",
-            shown=gain("image-only", "base")[2] < 0,
+            "Image-only tuning loses text search: points lost", "MCIP, Table 1", base - image_only, text("base", "image-only"),
+            f"{texts}; images gain {image('image-only', 'base')}",
         ),
         row(
-            "2SFT wins back what image-only tuning lost in text search", "MCIP, Table 1", two - image_only,
-            gain("image-only+realigned", "image-only"), "the images stay where they are",
+            "2SFT wins back text search that image-only tuning lost", "MCIP, Table 1", two - image_only,
+            text("image-only+realigned", "image-only"), "the images stay where they are",
         ),
         row(
-            "2SFT lifts text search above the base", "MCIP, Table 1", two - base, gain("image-only+realigned", "base"),
-            f"control: the base realigned on the same pairs gains {pairs_alone}",
+            "2SFT lifts text search above the base", "MCIP, Table 1", two - base, text("image-only+realigned", "base"),
+            f"control: the base, realigned on the same pairs, gains {text('base+realigned', 'base')}; {gentle['2SFT']}",
         ),
         row(
-            "MCIP alone keeps text search at or above the base", "MCIP, Table 1", mcip - base, loses,
-            f"MCIP above image-only {said(gain('mcip', 'image-only'))}; {at_most}",
+            "2SFT lifts text search above the base realigned on the same pairs", "control", None,
+            text("image-only+realigned", "base+realigned"), f"its images {image('image-only', 'base')}",
         ),
         row(
-            "MCIP stays within 1.5 mAP of image-only tuning in image search", "MCIP, Table 1", -0.1, costs,
-            f"share of the caption loss {options['mcip']['weight']}", shown=costs[1] > -1.5,
+            f"MCIP alone keeps text search at or above the base, to {TEXT_STAYS:g} points", "MCIP, Table 1", mcip - base,
+            text("mcip", "base"), f"above image-only {text('mcip', 'image-only')}; {chosen}; {gentle['MCIP']}",
+            at_least=-TEXT_STAYS,
+        ),
+        row(
+            f"MCIP stays within {WITHIN} mAP of image-only tuning in image search", "MCIP, Table 1", -0.1,
+            image("mcip", "image-only"), "the setting with the best text on validation of those that stay there",
+            at_least=-WITHIN,
         ),
         row(
             "MCIP and realigned beats 2SFT in text search", "MCIP, Table 1", both - two,
-            gain("mcip+realigned", "image-only+realigned"),
-            f"images {said(gain('mcip+realigned', 'image-only+realigned', 'image'))}; above the base {said(gain('mcip+realigned', 'base'))}",
+            text("mcip+realigned", "image-only+realigned"),
+            f"images {image('mcip', 'image-only')}; above the base {text('mcip+realigned', 'base')}",
         ),
     ]  # fmt: skip
 
 
+SOUP_IN_PAPER, SINGLE_IN_PAPER = 81.03, 80.39  # greedy soup and best single CLIP ViT-B/32 on ImageNet: 2203.05482
+
+
 def claims_of_soups() -> list[dict]:
-    found = soups()
-    singles = [[found[f"ingredient {i}"][seed] for i in range(len(VARIETY))] for seed in range(len(SEEDS))]
-    best_single = [max(many, key=lambda result: result["validation"][0]) for many in singles]
-    uniform, long = points(found["soup"], "uniform image"), points(found["long"], "image")
-    single, ensemble = points(best_single, "image"), points(found["soup"], "ensemble image")
-    bound, greedy = said(interval(ensemble - uniform, "image")), points(found["soup"], "greedy image")
+    found, classes = soups(), test_classes()
+    image = {name: points(found["soup"], name) for name in ("uniform", "greedy", "ensemble")}
+    image |= {name: points(found[name], "image") for name in ("single", "long")}
+
+    def gain(name: str, control: str) -> Difference:
+        return difference(image[name], image[control], classes)
+
     takes = " and ".join(str(len(result["greedy takes"])) for result in found["soup"])
     return [
         row(
-            "A soup of four beats the best of them", "model soups (2203.05482)", 81.03 - 80.39, interval(uniform - single, "image"),
-            f"the ensemble, four times the cost of a query, lies {bound} beside the soup; greedy takes {takes} and lies {said(interval(greedy - uniform, 'image'))}",
+            "A greedy soup beats the best of its four models", "model soups (2203.05482)", SOUP_IN_PAPER - SINGLE_IN_PAPER,
+            gain("greedy", "single"),
+            f"it takes {takes} of them; all four: {gain('uniform', 'single')}; the ensemble, four times the cost of a query: {gain('ensemble', 'single')}",
         ),
         row(
-            "A soup of four beats one run of equal compute", "control", None, interval(uniform - long, "image"),
-            f"as many steps from the same start on all classes; it lies {said(interval(long - single, 'image'))} beside the best single model",
+            "A greedy soup beats one run of equal compute", "control", None, gain("greedy", "long"),
+            f"as many steps from the same start, on all classes: {gain('long', 'single')} beside the best single model",
         ),
     ]  # fmt: skip
 
@@ -194,13 +243,22 @@ def claims_of_soups() -> list[dict]:
 def claims_of_small() -> list[dict]:
     found = results_of("small", [{"base": str(seed)} for seed in SEEDS])
     ways = {way: points(found, way) for way in ("all", "first", "names", "images")}
-    lost, more = interval(ways["names"] - ways["images"], "image"), interval(ways["names"] - ways["first"], "image")
-    listed = ", ".join(f"{way} {values.mean():.1f}" for way, values in ways.items())
+    asking = test_classes()[1::2]  # every other image of a class asks for the others
+
+    listed = ", ".join(
+        f"{label} {ways[way].mean():.1f}"
+        for way, label in {"all": "all 128 numbers", "first": "the first 64", "names": "PCA of texts", "images": "PCA of images"}.items()
+    )  # fmt: skip
     return [
         row(
-            "PCA of texts to 64 numbers holds what PCA of images holds, to 1.5 points", "GUIE, zero-shot", None, lost,
-            f"mP@5 of the base: {listed}; above the first 64 numbers {said(more)}", shown=lost[1] > -1.5,
-        )
+            f"PCA of texts to 64 numbers holds what PCA of images holds, to {WITHIN} points", "GUIE, zero-shot", None,
+            difference(ways["names"], ways["images"], asking), f"mP@5 of the base: {listed}", at_least=-WITHIN,
+        ),
+        row(
+            "PCA of texts to 64 numbers beats the first 64 of 128 numbers", "control", None,
+            difference(ways["names"], ways["first"], asking),
+            f"PCA of images {difference(ways['images'], ways['first'], asking)} beside the first 64",
+        ),
     ]  # fmt: skip
 
 
@@ -209,35 +267,34 @@ def claims_of_neighbors() -> list[dict]:
     published = gu.load_published("nnn_tables")
     for asks, direction in (("text", "text_to_image"), ("caption", "image_to_text")):
         effect = np.mean([line["nnn_r1"] - line["original_r1"] for line in published if line["direction"] == direction])
-        gains = {
-            measure: interval(points(found["nnn"], f"{asks} nnn {measure}") - points(found["nnn"], f"{asks} plain {measure}"), asks)
+        first, whole = (
+            difference(points(found["nnn"], f"{asks} nnn {measure}"), points(found["nnn"], f"{asks} plain {measure}"))
             for measure in ("R@1", "mAP")
-        }  # fmt: skip
-        leak = [{"ranks": result["ranks"][-1]} for result in found[f"overlap {asks}"]]
-        above = interval(points(leak, "ranks R@1") - points(found["nnn"], f"{asks} nnn R@1"), asks)
+        )
+        leak = points([{"ranks": result["ranks"][-1]} for result in found[f"overlap {asks}"]], "ranks R@1")
+        more = difference(leak, points(found["nnn"], f"{asks} nnn R@1"))
         lines.append(
             row(
-                f"NNN lifts {direction.replace('_', ' ')} search", "NNN, Tables 1 and 2", effect, gains["R@1"],
-                f"R@1; mAP {said(gains['mAP'])}; references share no text with the queries, with the queries themselves it would be {said(above)} more",
+                f"NNN lifts {direction.replace('_', ' ')} search", "NNN, Tables 1 and 2", effect, first,
+                f"R@1; mAP {whole}; the references share nothing with the queries; with the queries as references {more} more",
             )
         )  # fmt: skip
     counts = [[result[f"text {state} counts"] for result in found["nnn"]] for state in ("plain", "nnn")]
-    before, after = (np.mean([skew(seed) for seed in state]) for state in counts)
 
     def fall(*columns, axis: int = -1) -> np.ndarray:
-        half = len(columns) // 2
-        return np.mean([skew(column, axis=axis) for column in columns[:half]], axis=0) - np.mean(
-            [skew(column, axis=axis) for column in columns[half:]], axis=0
-        )
+        before, after = (np.mean([skew(c, axis=axis) for c in half], axis=0) for half in np.split(np.array(columns), 2))
+        return before - after
 
     drawn = bootstrap(
         (*counts[0], *counts[1]), fall, paired=True, method="percentile", n_resamples=1000, batch=50,
         random_state=np.random.default_rng(0),
     ).confidence_interval  # fmt: skip
+    before, after = ([float(skew(seed)) for seed in state] for state in counts)
+    falls = tuple(np.subtract(before, after).tolist())
     lines.append(
         row(
-            "NNN makes hubs rarer", "NNN, section 4", None, (before - after, *drawn),
-            f"text to image, skewness of how often an image is among the first ten: {before:.2f} before, {after:.2f} after",
+            "NNN makes hubs rarer: how far the skewness falls", "NNN, section 4", None, Difference(np.mean(falls), *drawn, falls),
+            f"text to image, skewness of how often an image is among the first ten: {np.mean(before):.2f} before, {np.mean(after):.2f} after",
         )
     )  # fmt: skip
     return lines
@@ -248,69 +305,74 @@ def claims_of_neighbors() -> list[dict]:
 
 def point(curve: str, line: str, label: str, x: float, found: tuple) -> dict:
     """A point of a curve: y with its 95 % interval."""
-    y, low, high = (round(float(value), 3) for value in found)
+    y, low, high = (round(float(value), 3) for value in found[:3])
     return {"curve": curve, "line": line, "label": label, "x": round(float(x), 4), "y": y, "low": low, "high": high}
 
 
 def curve_of_ladder() -> list[dict]:
     """What each loss gains in image search (y, mAP points above the base) at the rate that suits it (x); three seeds."""
-    base = points(results_of("base", [{"base": str(seed)} for seed in SEEDS]), "image")
-    options, lines = ladder_options(), []
+    base, options, lines = points(base_results(), "image"), ladder_options(), []
     for name, results in ladder().items():
-        y = interval(points(results, "image") - base, "image")
+        y = difference(points(results, "image"), base, test_classes())
         lines.append(point("ladder", name, options[name]["way"], options[name]["rate"], y))
     return lines
 
 
 def curve_of_frontier() -> list[dict]:
     """How far training goes: what is gained with images (x, mAP) against text (y, R@5), by rate; seed 0."""
-    (base,), lines = results_of("base", [{"base": "0"}]), []
+    base, models = results_of("base", [{"base": "0"}]), []
     for line, many in frontier().items():
-        for options, result in zip(many, results_of("tuned", many), strict=True):
-            x = (points([result], "image") - points([base], "image")).mean()
-            y = interval(points([result], "text R@5") - points([base], "text R@5"), "text")
-            lines.append(point("frontier", line, f"rate {options['rate']:g}", x, y))
+        models += [
+            (line, f"rate {options['rate']:g}", result)
+            for options, result in zip(many, results_of("tuned", many), strict=True)
+        ]
+    models += [("2SFT", label, result) for label, result in frontier_of_2sft()]
+    lines = []
+    for line, label, result in models:
+        x = (points([result], "image") - points(base, "image")).mean()
+        y = difference(points([result], "text R@5"), points(base, "text R@5"))
+        lines.append(point("frontier", line, label, x, y))
     return lines
 
 
 def curve_of_finders() -> list[dict]:
     """What MCIP gains over image-only tuning at its own rate (y) by the share of true words in its captions (x); seed 0."""
-    options = text_options()["mcip"]
-    (plain,) = results_of("tuned", [drop(options, "finder", "weight")])
+    plain = results_of("tuned", [drop(text_options()["mcip"], "finder", "weight")])
     lines = []
     for finder, (share, result) in found_by().items():
-        kind = "true captions, some replaced" if finder.startswith("true_") else "captions found by an encoder"
-        label = finder.removeprefix("true_") if finder.startswith("true_") else f"base {finder}"
+        kind, label = "found by an encoder", f"base {finder}"
+        if finder == "own":
+            kind, label = "the images' own captions", ""
+        elif finder.startswith("read_"):
+            kind, label = "found by reading, some replaced", f"{float(finder.removeprefix('read_')):.0%} kept"
         for task, name in (("text R@5", "text R@5"), ("image", "image mAP")):
-            y = interval(points([result], task) - points([plain], task), task)
+            classes = test_classes() if task == "image" else None
+            y = difference(points([result], task), points(plain, task), classes)
             lines.append(point("finder", f"{name}, {kind}", label, 100 * share, y))
-    return lines
+    return sorted(lines, key=lambda point: (point["line"], point["x"]))
 
 
-ROOMS = (
-    "epochs_5.5",
-    "epochs_11",
-    "0",
-    "clean_33",
-)  # bases, from the one that has learned least to the one that has most
+ROOMS = (*map(str, SEEDS), "longer_clean")  # bases that have learned less and more
 
 
 def curve_of_room() -> list[dict]:
     """What 2SFT, MCIP and NNN gain in text search (y, R@5) on bases that have learned little or much (x, their own R@5)."""
     found, lines = text_models(list(ROOMS)), []
     found["NNN"] = [{"text": result["text nnn"]} for result in results_of("nnn", [{"base": base} for base in ROOMS])]
-    names = {
+    models = {
         "image-only": "image-only",
+        "base+realigned": "base realigned",
         "image-only+realigned": "2SFT",
         "mcip": "MCIP",
         "mcip+realigned": "MCIP and realigned",
+        "NNN": "NNN",
     }
-    for model, line in (names | {"base+realigned": "base realigned", "NNN": "NNN"}).items():
+    for model, line in models.items():
         for number, base in enumerate(ROOMS):
             before = points([found["base"][number]], "text R@5")
-            y = interval(points([found[model][number]], "text R@5") - before, "text")
+            y = difference(points([found[model][number]], "text R@5"), before)
             lines.append(point("room", line, base, before.mean(), y))
-    return lines
+    return sorted(lines, key=lambda point: (point["line"], point["x"]))
 
 
 def curves_of_neighbors() -> list[dict]:
@@ -320,12 +382,13 @@ def curves_of_neighbors() -> list[dict]:
     for asks, line in (("text", "text to image"), ("caption", "image to text")):
         plain = points(found["nnn"], f"{asks} plain R@1")
         for i, share in enumerate(OVERLAPS):
-            ranks = [{"ranks": result["ranks"][i]} for result in found[f"overlap {asks}"]]
-            lines.append(point("overlap", line, "", share, interval(points(ranks, "ranks R@1") - plain, asks)))
+            after = points([{"ranks": result["ranks"][i]} for result in found[f"overlap {asks}"]], "ranks R@1")
+            lines.append(point("overlap", line, "", share, difference(after, plain)))
     for i, size in enumerate(SIZES):
-        plain, after = ([{"ranks": result["ranks"][i, j]} for result in found["gallery"]] for j in (0, 1))
-        y = interval(points(after, "ranks R@1") - points(plain, "ranks R@1"), "text")
-        lines.append(point("gallery", "R@1 points won by NNN", "", size, y))
+        plain, after = (
+            points([{"ranks": result["ranks"][i, j]} for result in found["gallery"]], "ranks R@1") for j in (0, 1)
+        )
+        lines.append(point("gallery", "R@1 points won by NNN", "", size, difference(after, plain)))
         for j, line in enumerate(("hubness without NNN", "hubness with NNN")):
             each = [result["skewness"][i, j] for result in found["gallery"]]
             lines.append(point("gallery", line, "", size, (np.mean(each), min(each), max(each))))
@@ -343,16 +406,40 @@ def write_table(file: Path, rows: list[dict]) -> None:
     gu.write_atomically(file, lambda stream: stream.write(text.getvalue().encode()))
 
 
+CURVES = {
+    "ladder": curve_of_ladder,
+    "finder": curve_of_finders,
+    "room": curve_of_room,
+    "frontier": curve_of_frontier,
+    "neighbors": curves_of_neighbors,  # overlap and gallery
+}
+
+
+def load_curve(name: str, again: bool = False) -> list[dict]:
+    """The points of a shipped curve. again: every training that it rests on is done anew first, in runs/claims_anew, where an
+    interrupted one goes on; when all is there it takes the place of what was shipped, in `claims/` and both tables."""
+    if again:
+        folder = gu.work_folder() / "runs" / "claims_anew"
+        command = [sys.executable, str(Path(__file__).resolve()), name]
+        subprocess.run(command, env=os.environ | {"GPNNS_CLAIMS_ANEW": str(folder)}, check=True)
+        for file in folder.glob("*.npz"):
+            save_results(KEPT / file.name, results_in(KEPT / file.name) | results_in(file))
+        main()
+    return [row for row in gu.datasets.numbers_of(DATA / "claims_curves.csv") if row["curve"] == name]
+
+
 def main() -> None:
     started = time.time()
     claims = [*claims_of_losses(), *claims_of_text(), *claims_of_soups(), *claims_of_small(), *claims_of_neighbors()]
     write_table(DATA / "claims.csv", claims)
-    curves = [*curve_of_ladder(), *curve_of_finders(), *curve_of_room(), *curve_of_frontier(), *curves_of_neighbors()]
-    write_table(DATA / "claims_curves.csv", curves)
+    write_table(DATA / "claims_curves.csv", [point for curve in CURVES.values() for point in curve()])
     for line in claims:
         print(f"{line['shown']:>3}  {line['ours']:+6.2f} [{line['low']:+.2f}, {line['high']:+.2f}]  {line['claim']}")
     print(f"{(time.time() - started) / 60:.0f} min")
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:]:
+        CURVES[sys.argv[1]]()  # trains and scores what this curve lacks, writes no table
+    else:
+        main()

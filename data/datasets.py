@@ -196,6 +196,12 @@ def text_queries(images: ImageSet) -> tuple[list[str], list[np.ndarray]]:
     return sorted(carried), [np.array(carried[caption]) for caption in sorted(carried)]
 
 
+def domains(images: ImageSet) -> dict[str, np.ndarray]:
+    """Which images belong to each group, {name: bool (n,)}, in the order in which they come; nothing where none is known."""
+    groups = [] if images.groups is None else images.groups
+    return {str(name): np.asarray(groups) == name for name in dict.fromkeys(groups)}
+
+
 def class_texts(images: ImageSet) -> tuple[list[str], np.ndarray]:
     """One text for each class: the longest caption that all of its images share, or else its name. Classes may share one.
 

@@ -624,3 +624,25 @@ def add_head(encoder: Encoder, dim: int | None = None, before_projection: bool =
     before_projection = before_projection or encoder.origin.get("before_projection", False)
     origin = encoder.origin | {"before_projection": before_projection, "head": dim}
     return Encoder(encoder.name, encoder.preprocess, tower, None, encoder.device, model, origin)
+
+
+def as_in_paper(encoder: Encoder) -> Encoder:
+    """The encoder for images as GP-NNS trains and evaluates it: features before CLIP's projection, of the centre of a square
+    of 1.125 times the size, and for OpenAI's weights the mean and deviation of ImageNet's pixels instead of CLIP's.
+
+    A model without weights or a known preprocessing stays as it is, and so does GP-NNS's own release, which says how.
+    """
+    from torchvision import transforms
+
+    steps = getattr(encoder.preprocess, "transforms", [])
+    norm = next((step for step in steps if isinstance(step, transforms.Normalize)), None)
+    if encoder.name.startswith("gpnns:") or norm is None:
+        return encoder
+    if encoder.origin.get("encoder", "").endswith("/openai"):
+        norm = transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    if getattr(getattr(encoder.model, "visual", None), "proj", None) is not None:
+        encoder = add_head(encoder, before_projection=True)
+    size = encoder.image_size
+    square = transforms.Resize((int(1.125 * size),) * 2, transforms.InterpolationMode.BICUBIC)
+    steps = [square, transforms.CenterCrop(size), transforms.ToTensor(), norm]
+    return replace(encoder, preprocess=transforms.Compose(steps))

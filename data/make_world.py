@@ -17,12 +17,8 @@ from run import run_notebook  # noqa: E402
 RUNS = DATA.parent / "runs" / "world"
 MADE = {  # notebook: its parameters, and what of its results is shipped under which name
     "03_finetune_arcmargin": (
-        {"train": "all"},
-        {
-            "03_arcmargin.safetensors": "arcmargin.safetensors",
-            "03_arcmargin.json": "arcmargin.json",
-            "03_runs.npz": "runs.npz",
-        },
+        {},
+        {"03_arcmargin.safetensors": "arcmargin.safetensors", "03_arcmargin.json": "arcmargin.json"},
     ),
     "04_realign_text_mcip": (
         {"train": "all"},

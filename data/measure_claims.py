@@ -31,19 +31,20 @@ from filelock import FileLock  # comes with torch
 import gpnns_utils as gu
 from gpnns_utils import mini_world, training
 
-KEPT = gu.DATA / "claims"
-RUNS = gu.work_folder() / "runs" / "claims"
+# The shipped scores and what is being trained, or, to measure all of it anew, a folder of its own for both.
+ANEW = os.environ.get("GPNNS_CLAIMS_ANEW")
+KEPT = Path(ANEW) if ANEW else gu.DATA / "claims"
+RUNS = Path(ANEW) / "runs" if ANEW else gu.work_folder() / "runs" / "claims"
 
 # --- settings --------------------------------------------------------------------------------------------------------
 
 SEEDS = (0, 1, 2)
+SHIPPED = gu.DATA / "mini_clip" / "open_clip_model.safetensors"
 BASES = {  # what pretrain_mini_clip.py is called with; the base of seed 0 is the mini CLIP that is shipped
     "0": [],
     "1": ["--seed", "1"],
     "2": ["--seed", "2"],
-    "epochs_5.5": ["--epochs", "5.5"],
-    "epochs_11": ["--epochs", "11"],
-    "clean_33": ["--epochs", "33", "--wrong", "0"],
+    "longer_clean": ["--start", str(SHIPPED), "--epochs", "8", "--wrong", "0", "--rate", "5e-4"],
 }
 SCALE, MARGIN, EPOCHS = 20.0, 0.3, 3.0  # passes over `train`: other sets of images take as many steps
 RATES = (5e-4, 1e-3, 2e-3, 4e-3)
@@ -64,17 +65,19 @@ KS, ALPHAS = (1, 2, 4, 8, 16, 32, 64, 128, 256), (0.0, 0.25, 0.5, 0.75, 1.0, 1.2
 # --- what is trained -------------------------------------------------------------------------------------------------
 
 
+def path_of(base: str) -> Path:
+    """Where the weights of a base are, or will be once it is made. Those of seeds 0 to 2 are shipped."""
+    shipped = SHIPPED if base == "0" else gu.DATA / "claims" / "bases" / f"{base}.safetensors"
+    return shipped if shipped.exists() else RUNS / "bases" / base / "open_clip_model.safetensors"
+
+
 def base_weights(base: str) -> Path:
-    """The weights of a base. Those of seeds 0 to 2 are shipped; others are trained now (about 24 minutes for 22 epochs)."""
-    shipped = {"0": gu.DATA / "mini_clip" / "open_clip_model.safetensors"}.get(
-        base, KEPT / "bases" / f"{base}.safetensors"
-    )
-    folder = RUNS / "bases" / base
-    made = folder / "open_clip_model.safetensors"
-    if not (shipped.exists() or made.exists()):
-        command = [sys.executable, str(gu.DATA / "pretrain_mini_clip.py"), "--out", str(folder), *BASES[base]]
+    """The weights of a base, pre-trained now where they are missing (about 24 minutes for 22 epochs)."""
+    path = path_of(base)
+    if not path.exists():
+        command = [sys.executable, str(gu.DATA / "pretrain_mini_clip.py"), "--out", str(path.parent), *BASES[base]]
         subprocess.run(command, check=True)
-    return shipped if shipped.exists() else made
+    return path
 
 
 def open_base(base: str) -> gu.Encoder:
@@ -108,24 +111,38 @@ def bank() -> list[str]:
 def captions_for(finder: str) -> tuple[np.ndarray, list[str]]:
     """Captions for the training images: rows (n, top) into texts, -1 for none.
 
-    finder: a base, which finds the 20 nearest of the bank, of which the better half of all is kept; or "true_0.75": the
-    images' own captions, of which each is replaced by one of any other image unless a draw falls below 0.75.
+    finder: a base, which finds the 20 nearest of the bank, of which the better half of all is kept; "read_0.75": the same,
+    but what is nearest is told by the words of the images' own captions, and each caption is replaced by any other of the
+    bank unless a draw falls below 0.75; "own": the images' own captions.
     """
-    photos = images_of("train")
-    if finder.startswith("true_"):
-        rng, texts = np.random.default_rng(0), sorted({text for own in photos.captions for text in own})
+    photos, texts = images_of("train"), bank()
+    if finder == "own":
+        texts = sorted({text for own in photos.captions for text in own})
         number = {text: i for i, text in enumerate(texts)}
-        rows = np.array([[number[text] for text in own] for own in photos.captions])
-        other = rows[rng.integers(len(rows), size=rows.shape), rng.integers(rows.shape[1], size=rows.shape)]
-        return np.where(rng.random(rows.shape) < float(finder.removeprefix("true_")), rows, other), texts
-    texts = bank()
-    scores, rows = gu.search(embedded(finder, "train"), gu.embed_texts(open_base(finder), texts), FOUND)
+        return np.array([[number[text] for text in own] for own in photos.captions]), texts
+    if finder.startswith("read_"):
+        rng, share = np.random.default_rng(0), float(finder.removeprefix("read_"))
+        images, captions = word_vectors(photos.captions, texts), word_vectors([[text] for text in texts], texts)
+    else:
+        images, captions = embedded(finder, "train"), gu.embed_texts(open_base(finder), texts)
+    scores, rows = gu.search(images, captions, FOUND)
+    if finder.startswith("read_"):
+        rows = np.where(rng.random(rows.shape) < share, rows, rng.integers(len(texts), size=rows.shape))
     return np.where(scores > np.median(scores), rows, -1), texts
 
 
 def words_of(texts: list[str]) -> set[str]:
     words = " ".join(texts).replace(",", " ").replace(":", " ").split()
     return set(words) - {"a", "an", "the", "and", "with", "of", "in", "on"}
+
+
+def word_vectors(captions: list[list[str]], texts: list[str]) -> np.ndarray:
+    """Which words of `texts` stand in the captions of each image, as unit vectors, float32 (n, words)."""
+    column = {word: i for i, word in enumerate(sorted(words_of(texts)))}
+    vectors = np.zeros((len(captions), len(column)), dtype=np.float32)
+    for vector, listed in zip(vectors, captions, strict=True):
+        vector[[column[word] for word in words_of(listed) if word in column]] = 1
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1)
 
 
 def share_of_true_words(finder: str) -> float:
@@ -261,7 +278,7 @@ def measured(encoder: gu.Encoder) -> dict[str, np.ndarray]:
     """Scores of every test query, and the two means on the validation splits by which settings are chosen."""
     images, texts = told(encoder, "captions")
     found = {"image": average_precision(gu.embed_images(encoder, images_of("test")))}
-    found |= {"text": ranks_of_pairs(texts, images), "caption": ranks_of_pairs(images, texts)}
+    found["text"] = ranks_of_pairs(texts, images)
     chosen = average_precision(gu.embed_images(encoder, images_of("validation")), "validation")
     images, texts = told(encoder, "captions_validation")
     found["validation"] = 100 * np.array([chosen.mean(dtype=float), (1 / ranks_of_pairs(texts, images)).mean()])
@@ -310,10 +327,10 @@ def part_soup(base: str, start_rate: float, rate: float) -> dict:
     for i in order[1:]:
         if (together := score([*chosen, i])) > reached:
             chosen, reached = [*chosen, i], together
-    uniform, greedy = measured(mixed(order)), measured(mixed(chosen))
-    found = {f"uniform {task}": values for task, values in uniform.items()}
-    found |= {f"greedy {task}": values for task, values in greedy.items()} | {"greedy takes": np.array(chosen)}
-    return found | {"ensemble image": average_precision(np.mean(test, axis=0)), "validation": uniform["validation"]}
+    found = {"validation": np.array([reached]), "greedy takes": np.array(chosen)}
+    for name, listed in (("greedy", chosen), ("uniform", order)):
+        found[name] = average_precision(gu.embed_images(mixed(listed), images_of("test")))
+    return found | {"ensemble": average_precision(np.mean(test, axis=0))}
 
 
 DIRECTIONS = ("text", "caption")  # what asks: texts for images, or images for captions
@@ -417,8 +434,24 @@ def bases_in(options: dict) -> set[str]:
 
 
 @functools.cache
+def digest_of_file(path: Path) -> str:
+    return hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
+
+
 def digest_of(base: str) -> str:
-    return hashlib.blake2b(base_weights(base).read_bytes(), digest_size=8).hexdigest()
+    """What tells the weights of a base from others. It is kept too, for scores whose base is not shipped."""
+    file, known = (
+        KEPT / "bases.json",
+        gu.datasets.read_json(KEPT / "bases.json") if (KEPT / "bases.json").exists() else {},
+    )
+    path = path_of(base)
+    if not path.exists():
+        return known.get(base, "not made yet")
+    digest = digest_of_file(path)
+    if known.get(base) != digest:
+        text = json.dumps(known | {base: digest}, indent=1, sort_keys=True) + "\n"
+        gu.write_atomically(file, lambda stream: stream.write(text.encode()))
+    return digest
 
 
 def made_with(part: str, options: dict) -> str:
@@ -491,11 +524,12 @@ def start_worker() -> None:
 
 def results_of(part: str, many: list[dict]) -> list[dict[str, np.ndarray]]:
     """The results of a part for many options: what is kept, what an earlier run left, and what is measured now."""
-    for base in set().union(*map(bases_in, many)):
-        base_weights(base)  # trained here, before several workers need it
     kept = results_in(KEPT / f"{part}.npz")
     found = usable(kept, part, many)
     if len(found) < len({name_of(part, options) for options in many}):
+        for base in set().union(*(bases_in(options) for options in many if name_of(part, options) not in found)):
+            base_weights(base)  # trained here, before several workers need it
+        found = usable(kept, part, many)
         found |= left_over(part, many)
         missing = {name_of(part, options): options for options in many if name_of(part, options) not in found}
         if missing:
@@ -514,7 +548,12 @@ def results_of(part: str, many: list[dict]) -> list[dict[str, np.ndarray]]:
 def best(part: str, many: list[dict], score) -> dict:
     """The options whose result has the highest `score` on validation."""
     results = results_of(part, many)
-    return many[int(np.argmax([score(result["validation"]) for result in results]))]
+    return max(zip(many, results, strict=True), key=lambda pair: score(pair[1]["validation"]))[0]
+
+
+def images_alone(validation: np.ndarray) -> float:
+    """What `best` goes by where text does not count: image search."""
+    return validation[0]
 
 
 LADDER = {  # name: how it may be trained, and on which images
@@ -536,7 +575,7 @@ def ladder_options() -> dict[str, dict]:
         for name, (ways, images) in LADDER.items()
     }
     results_of("tuned", [options for many in sweeps.values() for options in many])
-    return {name: best("tuned", many, lambda validation: validation[0]) for name, many in sweeps.items()}
+    return {name: best("tuned", many, images_alone) for name, many in sweeps.items()}
 
 
 def ladder() -> dict[str, list[dict]]:
@@ -555,6 +594,8 @@ def at_seeds(options: dict) -> list[dict]:
     return [on(str(seed), options) for seed in SEEDS]
 
 
+WITHIN = 1.5  # points that count as "stays": of mAP for the images of MCIP, of mP@5 for PCA of texts
+TEXT_STAYS = 0.5  # points of R@5 by which text search may fall and still counts as kept
 CAPTION_WEIGHTS, TEXT_RATES, REALIGN_RATES = (0.25, 0.5, 0.75), (2e-4, 5e-4, 1e-3, 2e-3), (1e-3, 3e-3)
 
 
@@ -570,11 +611,25 @@ def frontier() -> dict[str, list[dict]]:
 
 
 def text_options() -> dict[str, dict]:
-    """The options of image-only tuning and of MCIP that are best on validation, images and text counting equally."""
+    """The options of image-only tuning that are best for images on validation, and those of MCIP that are best for text
+    there, among all that stay within 1.5 mAP of them."""
     lines = frontier()
-    ways = {"image-only": lines.pop("image-only"), "mcip": [options for line in lines.values() for options in line]}
-    results_of("tuned", [options for many in ways.values() for options in many])
-    return {name: best("tuned", many, np.mean) for name, many in ways.items()}
+    plain, mcip = lines.pop("image-only"), [options for line in lines.values() for options in line]
+    most = max(result["validation"][0] for result in results_of("tuned", plain))
+
+    def text_if_near(validation: np.ndarray) -> tuple[bool, float]:
+        return validation[0] > most - WITHIN, validation[1]
+
+    return {
+        "image-only": best("tuned", plain, images_alone),
+        "mcip": best("tuned", mcip, text_if_near),
+    }
+
+
+def realigned_options(options: dict) -> dict:
+    """The options of a model with its text realigned, with the rate that is best for text on validation; {}: of the base."""
+    sweep = [on("0", options) | {"realign_rate": rate} for rate in REALIGN_RATES]
+    return best("realigned", sweep, lambda validation: validation[1])
 
 
 def text_models(bases: list[str]) -> dict[str, list[dict]]:
@@ -584,27 +639,46 @@ def text_models(bases: list[str]) -> dict[str, list[dict]]:
     for name, options in chosen.items():
         found[name] = results_of("tuned", [on(base, options) for base in bases])
     for name, options in {"base": {}, **chosen}.items():
-        sweep = [on("0", options) | {"realign_rate": rate} for rate in REALIGN_RATES]
-        chosen_rate = best("realigned", sweep, lambda validation: validation[1])
-        found[f"{name}+realigned"] = results_of("realigned", [on(base, chosen_rate) for base in bases])
+        realigned = realigned_options(options)
+        found[f"{name}+realigned"] = results_of("realigned", [on(base, realigned) for base in bases])
     return found
+
+
+def frontier_of_2sft() -> list[tuple[str, dict]]:
+    """What is trained before the text is realigned, and the result, from the base itself to image-only tuning at ever larger
+    rates, on the base of seed 0."""
+    options = text_options()["image-only"]
+    many = [realigned_options({})] + [realigned_options(options) | {"rate": rate} for rate in TEXT_RATES]
+    labels = ["the base", *(f"rate {rate:g}" for rate in TEXT_RATES)]
+    return list(zip(labels, results_of("realigned", many), strict=True))
 
 
 SOUP_RATES = (2.5e-4, 5e-4, 1e-3)
 
 
 def soups() -> dict[str, list[dict]]:
-    """{what: its results, one per seed}: the soups, their ingredients, and one run as long as these together."""
+    """{what: its results, one per seed}: the soups, the best single ingredient at the rate that suits single ones, and one
+    run as long as the four together."""
     start = {"base": "0", "start_rate": ladder_options()["arcmargin"]["rate"]}
     numbers = range(len(VARIETY) + 1)
     results_of("continued", [start | {"rate": r, "number": i} for r in SOUP_RATES for i in numbers])
-    chosen = best("soup", [start | {"rate": rate} for rate in SOUP_RATES], lambda validation: validation[0])
-    long = best("continued", [start | {"rate": r, "number": 4} for r in SOUP_RATES], lambda validation: validation[0])
-    found = {f"ingredient {i}": results_of("continued", at_seeds(chosen | {"number": i})) for i in range(len(VARIETY))}
-    return found | {"soup": results_of("soup", at_seeds(chosen)), "long": results_of("continued", at_seeds(long))}
+    long = len(VARIETY)
+    chosen = {
+        "soup": best("soup", [start | {"rate": rate} for rate in SOUP_RATES], images_alone),
+        "single": best("continued", [start | {"rate": r, "number": i} for r in SOUP_RATES for i in range(long)], images_alone),
+        "long": best("continued", [start | {"rate": r, "number": long} for r in SOUP_RATES], images_alone),
+    }  # fmt: skip
+    singles = [at_seeds(chosen["single"] | {"number": i}) for i in range(long)]
+    results_of("continued", [options for many in singles for options in many])
+    of_each_seed = zip(*(results_of("continued", many) for many in singles), strict=True)
+    return {
+        "soup": results_of("soup", at_seeds(chosen["soup"])),
+        "single": [max(many, key=lambda result: result["validation"][0]) for many in of_each_seed],
+        "long": results_of("continued", at_seeds(chosen["long"])),
+    }
 
 
-FINDERS = ("true_1.0", "true_0.75", "true_0.5", "true_0.25", "true_0.0", "epochs_5.5", "epochs_11", "0", "clean_33")
+FINDERS = ("own", "read_1.0", "read_0.75", "read_0.5", "read_0.25", "read_0.0", "0", "longer_clean")
 
 
 def found_by() -> dict[str, tuple[float, dict]]:

@@ -20,7 +20,7 @@ import numpy as np
 import open_clip
 import torch
 from open_clip.loss import ClipLoss
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import interpolate
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -94,7 +94,9 @@ class Contrast(torch.nn.Module):
         return self.loss(*self.model(images, tokens))
 
 
-def pretrain(out: Path, epochs: float, batch_size: int, rate: float, wrong: float, seed: int) -> None:
+def pretrain(
+    out: Path, epochs: float, batch_size: int, rate: float, wrong: float, seed: int, start: Path | None = None
+) -> None:
     started, cache = time.time(), gu.cache_folder()
     report = gu.Progress(0, "drawing pairs").update
     world = mini_world.load_split("pairs", cache, report=report)
@@ -114,6 +116,8 @@ def pretrain(out: Path, epochs: float, batch_size: int, rate: float, wrong: floa
     (new / "open_clip_config.json").write_text(json.dumps(config, indent=1) + "\n")
     torch.manual_seed(seed)
     objective = Contrast(open_clip.create_model(f"local-dir:{new}", load_weights=False))
+    if start:
+        gu.encoders.fill(objective.model, load_file(start), str(start))
     objective.model.visual.patch_dropout = open_clip.transformer.PatchDropout(0.5)  # while it trains: faster by a third
     values = list(objective.parameters())
     groups = [
@@ -141,5 +145,6 @@ if __name__ == "__main__":
     parser.add_argument("--rate", type=float, default=1e-3, help="peak learning rate")
     parser.add_argument("--wrong", type=float, default=0.3, help="share of captions that belong to another image")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start", type=Path, help="weights to go on from, of a model that this program made")
     chosen = parser.parse_args()
-    pretrain(chosen.out, chosen.epochs, chosen.batch_size, chosen.rate, chosen.wrong, chosen.seed)
+    pretrain(chosen.out, chosen.epochs, chosen.batch_size, chosen.rate, chosen.wrong, chosen.seed, chosen.start)

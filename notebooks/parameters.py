@@ -1,7 +1,8 @@
 """Parameters of a notebook, wherever they come from: its own cell, papermill's -p, -y and -f, or a profile.
 
 papermill makes 2024 of the text 2024 and knows no lists on the command line, and YAML makes text of 1e-4. So each
-parameter becomes what its default is: text, a whole number, a number, yes or no, or a list of texts.
+parameter becomes what its default is: text, a whole number, a number, yes or no, a list of texts, or a mapping of these
+(`recipe`), in which every key that is not given keeps its default.
 """
 
 import contextlib
@@ -14,11 +15,15 @@ import gpnns_utils as gu
 
 CHOICES = {
     "train": ("one", "all", "none"),
+    "recipe.start": ("means", "xavier"),
+    "recipe.views": ("crop", "autoaugment"),
+    "recipe.protocol": ("own", "paper"),
     "method": ("uniform", "greedy", "wise_ft", "model_stock", "lines", "slerp"),
     "table": ("mini", "gpnns", "mcip"),
     "protocol": ("", "own", "paper"),
 }
 COUNTS = ("k", "dimensions", "batch_size", "accumulate", "reference_images", "depth", "realign_batch", "text_chunk")
+PAIRS = ("margin",)  # a number, or two: for the most and for the least frequent classes
 SHARES = ("flip", "patch_dropout", "ema", "caption_weight", "alpha")  # a negative alpha stands for "choose it"
 
 
@@ -33,6 +38,7 @@ def take_parameters(notebook: str, given: dict) -> dict:
     files = {path.stem: path for path in sorted(folder.glob("*.yml"))}
     defaults = read_profile(files["mini"], notebook)
     taken = {name: taken_as(default, given[name], name) for name, default in defaults.items()}
+    mappings = {name: default for name, default in defaults.items() if isinstance(default, dict)}
     profile = taken_as("mini", given["profile"], "profile").strip()
     if not re.fullmatch(r"\w[\w. -]*", profile):
         raise ValueError(
@@ -40,7 +46,7 @@ def take_parameters(notebook: str, given: dict) -> dict:
         )
     if profile not in files:
         print(f"profile {profile}: a name for results only; with parameters of their own: {', '.join(files)}")
-        return taken | {"profile": profile}
+        return taken | {name: mapping | taken[name] for name, mapping in mappings.items()} | {"profile": profile}
     values = read_profile(files[profile], notebook)
     if unknown := values.keys() - defaults.keys():
         raise ValueError(f"profiles/{profile}.yml sets {', '.join(sorted(unknown))}, which {notebook} does not know")
@@ -48,8 +54,12 @@ def take_parameters(notebook: str, given: dict) -> dict:
         name: taken_as(defaults[name], value, f"{name} in profiles/{profile}.yml") for name, value in values.items()
     }
     chosen = {name: value for name, value in values.items() if taken[name] == defaults[name] != value}
-    if chosen:
-        print(f"profile {profile} sets " + ", ".join(f"{name} = {value!r}" for name, value in chosen.items()))
+    for name, mapping in mappings.items():
+        listed = values.get(name, {}).items()
+        chosen[name] = {key: value for key, value in listed if value != mapping[key] and key not in taken[name]}
+    if said := {name: value for name, value in chosen.items() if value != {}}:
+        print(f"profile {profile} sets " + ", ".join(f"{name} = {value!r}" for name, value in said.items()))
+    chosen |= {name: mapping | chosen[name] | taken[name] for name, mapping in mappings.items()}
     return taken | chosen | {"profile": profile}
 
 
@@ -59,6 +69,12 @@ def read_profile(path, notebook: str) -> dict:
 
 def taken_as(default, value, name: str):
     """`value` as the kind that `default` is; ValueError with the parameter's name and what it may be."""
+    if isinstance(default, dict):
+        return as_mapping(default, value, name)
+    full = name.partition(" ")[0]  # without "in profiles/..."
+    short = full.removeprefix("recipe.")
+    if short in PAIRS and isinstance(value, list) and len(value) == 2:
+        return [taken_as(default, number, name) for number in value]
     wanted = {str: as_text, list: as_list, bool: as_switch, int: as_whole, float: as_number}[type(default)]
     try:
         value = wanted(value)
@@ -66,9 +82,8 @@ def taken_as(default, value, name: str):
         raise ValueError(f"{name} must be {error}, not {value!r}. Its default is {default!r}") from None
     if default and value == []:
         raise ValueError(f"{name} names nothing; its default is {default!r}")
-    short = name.partition(" ")[0]
-    if short in CHOICES and value not in CHOICES[short]:
-        raise ValueError(f"{name} must be one of {', '.join(filter(None, CHOICES[short]))}, not {value!r}")
+    if full in CHOICES and value not in CHOICES[full]:
+        raise ValueError(f"{name} must be one of {', '.join(filter(None, CHOICES[full]))}, not {value!r}")
     if short in COUNTS and value < 1:
         raise ValueError(f"{name} must be 1 or more, not {value}")
     if short in SHARES and (value > 1 or (value < 0 and short != "alpha")):
@@ -85,6 +100,18 @@ def as_text(value) -> str:
     if not isinstance(value, str):
         raise ValueError("text")
     return value
+
+
+def as_mapping(default: dict, value, name: str) -> dict:
+    """The keys that are given, each as what its default is; `value` is a mapping, or one as YAML and JSON write it."""
+    with contextlib.suppress(yaml.YAMLError):
+        value = yaml.safe_load(value) if isinstance(value, str) else value
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} must be a mapping such as {{margin: 0.1}}, not {value!r}")
+    if unknown := value.keys() - default.keys():
+        raise ValueError(f"{name} knows no {', '.join(map(str, unknown))}; it has {', '.join(default)}")
+    head, space, rest = name.partition(" ")
+    return {key: taken_as(default[key], one, f"{head}.{key}{space}{rest}") for key, one in value.items()}
 
 
 def as_list(value) -> list[str]:

@@ -16,6 +16,7 @@ import shutil
 import socket
 import time
 import uuid
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -42,6 +43,7 @@ from torchvision import transforms
 
 import gpnns_utils as gu
 
+LARGE_RATE, LARGE_MODEL = 1e-4, 20e6  # such a rate makes so many pretrained weights forget
 SHARED_WITHIN = 30.0  # seconds in which a file of one node must be seen by the others: network folders are slow
 
 # --- the margin ------------------------------------------------------------------------------------------------------
@@ -191,17 +193,27 @@ def margins_by_count(counts: np.ndarray, low: float = 0.05, high: float = 0.5) -
 # --- data ------------------------------------------------------------------------------------------------------------
 
 
-def training_transform(encoder: gu.Encoder, flip: float = 0.5, jitter: float = 0.4) -> transforms.Compose:
-    """Random views for training, as GP-NNS makes them: a square of 1.125 times the size, of which a random crop is
-    taken, mirrored with probability `flip`, its brightness, contrast and saturation changed by up to `jitter`."""
-    size = encoder.image_size
-    square = (int(1.125 * size),) * 2
+def training_transform(
+    encoder: gu.Encoder, flip: float = 0.5, jitter: float = 0.4, views: str = "crop"
+) -> transforms.Compose:
+    """Random views for training, scaled as the encoder scales its pixels.
+
+    views: "crop", as GP-NNS makes them: a square of 1.125 times the size, of which a random crop is taken; or
+    "autoaugment", as GUIE's fourth place: torchvision's policy for ImageNet, then squashed to the size. Then mirrored with
+    probability `flip`, brightness, contrast and saturation changed by up to `jitter`.
+    """
+    size, bicubic = encoder.image_size, transforms.InterpolationMode.BICUBIC
     known = getattr(encoder.preprocess, "transforms", None)
     if known is None:
         raise ValueError(f"how {encoder.name} scales its pixels is not known; write a transform for its training views")
+    first = {
+        "crop": [transforms.Resize((int(1.125 * size),) * 2, bicubic), transforms.RandomCrop(size)],
+        "autoaugment": [transforms.AutoAugment(), transforms.Resize((size, size), bicubic)],
+    }
+    if views not in first:
+        raise ValueError(f"views is one of {', '.join(first)}, not {views!r}")
     return transforms.Compose([
-        transforms.Resize(square, transforms.InterpolationMode.BICUBIC),
-        transforms.RandomCrop(size),
+        *first[views],
         transforms.RandomHorizontalFlip(flip),
         transforms.ColorJitter(jitter, jitter, jitter),
         transforms.ToTensor(),
@@ -479,6 +491,18 @@ def image_to_image(encoder: gu.Encoder, images: gu.ImageSet, gallery: gu.ImageSe
     return gu.mean_average_precision(gu.rank_relevant(embeddings, searched, relevant, leave_out=own))
 
 
+def scores_of(encoder: gu.Encoder, splits: gu.datasets.Splits) -> dict[str, gu.Score]:
+    """What an encoder scores on the test of an open question, one value per query: mAP of image to image and, where there
+    are captions and a text tower, of text to image."""
+    found, told = {"image to image": image_to_image(encoder, splits.test[0])}, splits.text_test
+    images = gu.embed_images(encoder, told)  # takes files that cannot be read out of `told`
+    texts, relevant = gu.text_queries(told)
+    if texts and encoder.text_tower:
+        ranks = gu.rank_relevant(gu.embed_texts(encoder, texts), images, relevant)
+        found["text to image"] = gu.mean_average_precision(ranks)
+    return found
+
+
 # --- a whole fine-tuning ---------------------------------------------------------------------------------------------
 
 
@@ -495,47 +519,86 @@ def fine_tune(
     rate: float = 1e-6,
     proxy_rate: float = 1e-4,
     scale: float = 30.0,
-    margin: float = 0.1,
+    margin: float | Sequence[float] = 0.1,
+    centers: int = 1,
+    start: str = "means",
     layer_decay: float = 1.0,
     weight_decay: float = 0.01,
+    proxy_decay: float = 0.01,
     warmup: float = 0.0,
+    ema: float = 0.0,
+    balanced: bool = False,
     patch_dropout: float = 0.0,
+    views: str = "crop",
     flip: float = 0.5,
     jitter: float = 0.4,
+    protocol: str = "own",
+    head: int = 0,
+    head_first: float = 0.0,
+    frozen_head: bool = False,
     caption_weight: float = 0.25,
     caption_scale: float = 30.0,
     processes: int = 1,
     **settings,
-) -> list[dict]:
-    """Fine-tune the image tower of `encoder`, in place, on labelled images; returns the log of `fit`.
+) -> tuple[gu.Encoder, list[dict]]:
+    """Fine-tune the image tower on labelled images: (the encoder, whose model is changed in place, the log of `fit`).
 
-    The defaults are GP-NNS's recipe for CLIP ViT-B, but that proxies start at the mean embeddings of their classes.
     choose_on: images of other classes, whose mAP chooses the weights to keep. loss: from the class means (classes, dim)
-    and the images per class (classes,) to a module; ArcMargin with `scale` and `margin` when None. captions: (rows (n,
-    top), -1 for none, texts, unit embeddings of the texts) adds MCIP's caption loss, `caption_weight` of the total.
-    warmup: share of the steps. settings: go to `fit`, such as seed, ema, lr_min, draw.
+    and the images per class (classes,) to a module; ArcMargin when None. captions: (rows (n, top), -1 for none, texts, unit
+    embeddings of the texts) adds MCIP's caption loss, `caption_weight` of the total. settings: go to `fit`, such as seed,
+    lr_min, accumulate, draw.
+
+    margin: in radians; two of them go to the most and the least frequent classes (`margins_by_count`). start: proxies at
+    the mean embeddings of their classes ("means") or at random ("xavier"). layer_decay: of `image_parameters`. warmup:
+    below 1 a share of the steps, else their number. ema: decay of an average of the weights, 0 for none. balanced: draw
+    every class equally often. protocol: "paper" embeds as `gu.encoders.as_in_paper`. head: size of a linear layer that is
+    added, 0 for none, learning with the proxies; head_first: epochs in which only these learn; frozen_head: then they stay.
+
+    The defaults are GP-NNS's recipe for CLIP ViT-B but for `start` ("xavier" there), `protocol` ("paper") and lr_min (1e-7).
     """
-    views = training_transform(encoder, flip, jitter)
+    seed = settings.get("seed", 0)
+    if frozen_head and not head_first:
+        raise ValueError("frozen_head keeps what head_first has learned: set head_first to a few epochs")
+    if start not in ("means", "xavier"):
+        raise ValueError(f"start is means or xavier, not {start!r}")
+    if rate > LARGE_RATE and encoder.model and sum(map(torch.numel, encoder.model.parameters())) > LARGE_MODEL:
+        warnings.warn(
+            f"rate={rate:g} is much for {encoder.name}: papers have 1e-6 to 1e-5 (profile photos)", stacklevel=2
+        )
+    if protocol == "paper":
+        encoder = gu.encoders.as_in_paper(encoder)
+    torch.manual_seed(seed)
+    encoder = gu.add_head(encoder, head) if head else encoder
+    transform = training_transform(encoder, flip, jitter, views)
     before = gu.embed_images(encoder, images)  # takes files that cannot be read out of `images`
-    data = TrainingImages(images, views)
-    start, counts = class_means(before, data.labels), np.bincount(data.labels)
+    data = TrainingImages(images, transform)
+    means, counts = class_means(before, data.labels), np.bincount(data.labels)
     drop_patches(encoder, patch_dropout)  # where it has patches
-    torch.manual_seed(settings.get("seed", 0))
-    module = loss(start, counts) if loss else ArcMargin(encoder.dim, len(start), scale, margin, start=start)
-    objective = ImageObjective(encoder, module)
+    torch.manual_seed(seed)
+    if loss is None:
+        margin = margins_by_count(counts, *margin) if np.ndim(margin) else margin
+        first = means if start == "means" else None
+        loss = lambda means, _: ArcMargin(encoder.dim, len(means), scale, margin, centers, start=first)  # noqa: E731
+    objective = ImageObjective(encoder, loss(means, counts))
     if captions:
         rows, texts, vectors = captions
-        data = CaptionedImages(images, views, rows, texts)
-        objective = CaptionObjective(encoder, module, vectors, caption_weight, caption_scale)
-    groups = image_parameters(encoder, rate, layer_decay, weight_decay)
-    groups.append({"params": module.parameters(), "lr": proxy_rate, "weight_decay": weight_decay})
+        data = CaptionedImages(images, transform, rows, texts)
+        objective = CaptionObjective(encoder, objective.loss, vectors, caption_weight, caption_scale)
+    tower = image_parameters(encoder, rate, layer_decay, weight_decay)
+    new = [*objective.loss.parameters(), *(encoder.model.embedding_head.parameters() if head else ())]
+    new = {"params": new, "lr": proxy_rate, "weight_decay": proxy_decay}
     size = min(batch_size, len(data))
-    steps = epochs * (len(data) // size) / settings.get("accumulate", 1)
-    settings = {"warmup": int(warmup * round(steps))} | settings
+    settings |= {"batch_size": size, "ema": ema or None, "balance": data.labels if balanced else None}
+    if head_first:
+        fit_in_processes(processes, objective, data, folder, [new], **settings | {"epochs": head_first, "draw": False})
+    steps = round(epochs * (len(data) // size) / settings.get("accumulate", 1))
+    settings |= {"epochs": epochs, "warmup": int(warmup * steps if warmup < 1 else warmup)}
+    settings = {"save_every": max(100, steps // 20)} | settings
     settings["validate"] = lambda: 100 * image_to_image(encoder, choose_on).mean
-    log = fit_in_processes(processes, objective, data, folder, groups, epochs=epochs, batch_size=size, **settings)
+    groups = tower if frozen_head else [*tower, new]
+    log = fit_in_processes(processes, objective, data, folder, groups, **settings)
     drop_patches(encoder, 0)
-    return log
+    return encoder, log
 
 
 # --- the loop --------------------------------------------------------------------------------------------------------

@@ -491,8 +491,8 @@ def test_earlier_results_count_where_task_split_and_metric_are_the_same(seven, t
 # --- notebook 07: the papers' protocol for pictures and features ---
 
 
-def test_the_papers_protocol_squeezes_crops_and_takes_features_before_the_projection(seven, mini):
-    paper = seven.as_in_paper(mini)
+def test_the_papers_protocol_squeezes_crops_and_takes_features_before_the_projection(mini):
+    paper = gu.encoders.as_in_paper(mini)
     square, crop, _, norm = paper.preprocess.transforms
     assert square.size == (54, 54) and square.interpolation == transforms.InterpolationMode.BICUBIC
     assert crop.size == (48, 48) and norm.mean == mini.preprocess.transforms[-1].mean
@@ -504,11 +504,11 @@ def test_the_papers_protocol_squeezes_crops_and_takes_features_before_the_projec
         assert torch.allclose(before @ mini.model.visual.proj, joint, atol=1e-5)
 
 
-def test_weights_of_openai_get_the_mean_of_imagenet_and_encoders_without_a_model_stay_as_they_are(seven, mini):
+def test_weights_of_openai_get_the_mean_of_imagenet_and_encoders_without_a_model_stay_as_they_are(mini):
     openai = replace(mini, origin={"encoder": "open_clip:ViT-B-16/openai"})
-    assert seven.as_in_paper(openai).preprocess.transforms[-1].mean == (0.485, 0.456, 0.406)
+    assert gu.encoders.as_in_paper(openai).preprocess.transforms[-1].mean == (0.485, 0.456, 0.406)
     pixels = gu.load_encoder("pixels")
-    assert seven.as_in_paper(pixels) is pixels
+    assert gu.encoders.as_in_paper(pixels) is pixels
 
 
 # --- notebook 07: whole tables on the data sets in small ---

@@ -1,15 +1,21 @@
 """The table of the papers' claims: made from the shipped scores by one command, checked against scipy, resumable."""
 
+import csv
+import os
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 import torch.nn.functional as F
 
 import gpnns_utils as gu
-from gpnns_utils import measure_claims, training
+from gpnns_utils import claims_table, measure_claims, training
 
 
 @pytest.fixture(autouse=True)
@@ -84,6 +90,20 @@ def test_a_result_rests_on_its_own_settings_and_bases_alone(monkeypatch):
     ), "weights of another base"
 
 
+def test_scores_of_a_base_that_is_not_shipped_are_used_until_it_is_made_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(measure_claims, "KEPT", tmp_path / "claims")
+    monkeypatch.setattr(measure_claims, "RUNS", tmp_path / "runs")
+    path = measure_claims.path_of("longer_clean")
+    assert path.is_relative_to(tmp_path) and measure_claims.digest_of("longer_clean") == "not made yet"
+    gu.write_atomically(path, lambda stream: stream.write(b"weights"))
+    first = measure_claims.made_with("tuned", {"base": "0", "finder": "longer_clean"})
+    path.unlink()
+    assert measure_claims.made_with("tuned", {"base": "0", "finder": "longer_clean"}) == first
+    measure_claims.digest_of_file.cache_clear()
+    gu.write_atomically(path, lambda stream: stream.write(b"others"))
+    assert measure_claims.made_with("tuned", {"base": "0", "finder": "longer_clean"}) != first
+
+
 def test_what_is_shipped_is_used_as_it_is():
     """No result in `claims/` rests on settings or weights that have changed since."""
     kinds = {"rate": float, "weight": float, "alpha": float, "k": int}
@@ -137,29 +157,17 @@ def test_a_long_tail_keeps_every_class_and_thins_out_the_small_ones():
 
 
 def test_captions_are_true_as_often_as_asked():
-    shares = [measure_claims.share_of_true_words(f"true_{share}") for share in (1.0, 0.5, 0.0)]
-    assert shares[0] == 1.0
-    assert shares[1] == pytest.approx((shares[0] + shares[2]) / 2, abs=0.02)
-    assert shares[2] < 0.5
+    assert measure_claims.share_of_true_words("own") == 1.0
+    read, half, none = (measure_claims.share_of_true_words(f"read_{share}") for share in (1.0, 0.5, 0.0))
+    assert half == pytest.approx((read + none) / 2, abs=0.02)
+    assert none < 0.5 < 0.75 < read < 1, "the bank describes other images"
+    counts = [(measure_claims.captions_for(finder)[0] >= 0).sum() for finder in ("read_1.0", "read_0.0")]
+    assert counts[0] == counts[1], "replaced captions are as many as before"
 
 
 def test_an_average_of_state_dicts_is_none_of_them():
     states = [{"a": torch.full((2,), float(value))} for value in (0, 1, 5)]
     assert measure_claims.average(states)["a"].tolist() == [2.0, 2.0]
-
-
-def test_the_losses_of_the_ladder_are_those_of_other_libraries():
-    from pytorch_metric_learning.losses import ProxyAnchorLoss
-
-    embeddings, labels = torch.randn(32, 8), torch.arange(32) % 5
-    start = np.random.default_rng(0).normal(size=(5, 8)).astype(np.float32)
-    softmax = training.Softmax(start)
-    plain = torch.nn.Linear(8, 5, bias=False)
-    plain.weight.data = F.normalize(torch.from_numpy(start))
-    assert torch.allclose(softmax(embeddings, labels), F.cross_entropy(plain(embeddings), labels))
-    peer = ProxyAnchorLoss(5, 8, margin=0.1, alpha=8**0.5)
-    peer.proxies.data = torch.from_numpy(start)
-    assert torch.allclose(training.ProxyAnchor(start)(embeddings, labels), peer(embeddings, labels), rtol=1e-5)
 
 
 def test_the_caption_loss_is_the_sum_written_down_for_one_image_after_the_other():
@@ -205,3 +213,129 @@ def test_every_way_to_train_runs_in_small_and_changes_what_it_should(tmp_path, m
     assert torch.equal(again, moved), "the second call finds the training done"
     kept, moved = weights(measure_claims.realigned("0", 1e-3, rate=1e-3, **options))
     assert torch.equal(kept, again) and not torch.equal(moved, texts)
+
+
+@pytest.fixture(scope="module")
+def table():
+    return gu.datasets.numbers_of(gu.DATA / "claims.csv")
+
+
+def measured_claims():
+    parts = ("losses", "text", "soups", "small", "neighbors")
+    return [line for part in parts for line in getattr(claims_table, f"claims_of_{part}")()]
+
+
+def test_the_table_follows_from_the_shipped_scores(table):
+    for line, written in zip(measured_claims(), table, strict=True):
+        assert line == written, line["claim"]
+
+
+def test_every_claim_has_three_seeds_an_interval_a_verdict_and_a_condition(table):
+    assert list(table[0]) == ["claim", "source", "paper", "ours", "low", "high", "seeds", "shown", "condition"]
+    for line in table:
+        assert line["low"] <= line["ours"] <= line["high"] and line["seeds"] == 3, line
+        assert line["condition"].startswith("by seed") and line["source"], line
+
+
+def test_a_claim_is_shown_where_its_whole_interval_says_so():
+    def verdict(low, at_least=0.0):
+        found = claims_table.Difference(2.0, low, 3.0, (1.0, 2.0, 3.0))
+        line = claims_table.row("a claim", "a paper", None, found, "more", at_least)
+        assert line["condition"] == "by seed +1.0, +2.0, +3.0; more"
+        return line["shown"]
+
+    assert [verdict(0.5), verdict(-0.5), verdict(-0.5, at_least=-1.5), verdict(-1.6, at_least=-1.5)] == [
+        "yes",
+        "no",
+        "yes",
+        "no",
+    ]
+
+
+def test_pairing_and_interval_are_those_of_scipy_where_queries_are_drawn(table):
+    """One row: the text search that image-only tuning loses. The mean over seeds comes first, then the difference query by
+    query; scipy's paired bootstrap of both columns, and its paired t-test, give the same interval."""
+    found = measure_claims.text_models(["0", "1", "2"])
+    before, after = (
+        np.mean([100 * (result["text"] <= 5) for result in found[name]], axis=0) for name in ("base", "image-only")
+    )
+    line = next(line for line in table if line["claim"].startswith("Image-only tuning loses"))
+    assert line["ours"] == pytest.approx(before.mean() - after.mean(), abs=0.006)
+
+    def difference(one, other, axis):
+        return one.mean(axis) - other.mean(axis)
+
+    drawn = scipy.stats.bootstrap((before, after), difference, paired=True, n_resamples=4000, rng=1)
+    paired = scipy.stats.ttest_rel(before, after).confidence_interval()
+    for low, high in (drawn.confidence_interval, paired):
+        assert (line["low"], line["high"]) == pytest.approx((low, high), abs=0.15)
+    unpaired = scipy.stats.ttest_ind(before, after).confidence_interval()
+    assert unpaired.high - unpaired.low > 1.3 * (line["high"] - line["low"]), "pairing is what makes it this narrow"
+
+
+def test_an_interval_of_image_search_is_that_of_scipy_over_classes(table):
+    steps, labels = measure_claims.ladder(), gu.load_images("mini", "test").labels
+    means = [
+        np.mean([100 * result["image"].astype(float) for result in steps[name]], axis=0)
+        for name in ("arcmargin", "margin 0")
+    ]
+    gain = means[0] - means[1]
+    by_class = np.array([gain[labels == label].mean() for label in np.unique(labels)])  # of ten images each
+    drawn = scipy.stats.bootstrap((by_class,), np.mean, n_resamples=4000, rng=1).confidence_interval
+    line = next(line for line in table if line["claim"].startswith("The margin itself"))
+    assert (line["low"], line["high"]) == pytest.approx(tuple(drawn), abs=0.15)
+    images_alone = scipy.stats.bootstrap(
+        (gain,), np.mean, n_resamples=1000, method="percentile", rng=1
+    ).confidence_interval
+    assert images_alone.high - images_alone.low < line["high"] - line["low"], (
+        "images of a class are no independent draws"
+    )
+
+
+def test_the_curves_are_shipped_and_follow_from_the_scores():
+    with open(gu.DATA / "claims_curves.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["curve"] for row in rows} == {"ladder", "finder", "room", "frontier", "overlap", "gallery"}
+    measured = [point for curve in claims_table.CURVES.values() for point in curve()]
+    assert [float(row["y"]) for row in rows] == [point["y"] for point in measured]
+    for row in rows:
+        assert float(row["low"]) <= float(row["y"]) <= float(row["high"]), row
+
+
+def test_the_readme_shows_the_table(table):
+    readme = (gu.HERE / "README.md").read_text(encoding="utf-8")
+    for line in table:
+        paper = "" if line["paper"] is None else f"{line['paper']:+.1f}"
+        ours = "{ours:+.1f} [{low:+.1f}, {high:+.1f}]".format(**line)
+        assert f"| {line['claim']} | {paper} | {ours} | {line['shown']} |" in readme
+
+
+def test_train_all_measures_anew_beside_what_is_shipped_and_replaces_it_in_the_end(tmp_path, monkeypatch):
+    """In small: the process that trains leaves one result; it is merged into the shipped ones, and the tables follow."""
+    kept, written = tmp_path / "claims", []
+    kept.mkdir()
+    measure_claims.save_results(kept / "tuned.npz", {"a": {"x": np.zeros(2)}, "b": {"x": np.zeros(2)}})
+    monkeypatch.setattr(claims_table, "KEPT", kept)
+    monkeypatch.setattr(gu, "work_folder", lambda: tmp_path)
+    monkeypatch.setattr(claims_table, "main", lambda: written.append(measure_claims.results_in(kept / "tuned.npz")))
+
+    def train(command, env, check):
+        assert command[1:] == [str(gu.DATA / "claims_table.py"), "ladder"] and check
+        folder = Path(env["GPNNS_CLAIMS_ANEW"])
+        assert folder == tmp_path / "runs" / "claims_anew"
+        folder.mkdir(parents=True)
+        measure_claims.save_results(folder / "tuned.npz", {"b": {"x": np.ones(2)}})
+
+    monkeypatch.setattr(claims_table.subprocess, "run", train)
+    points = claims_table.load_curve("ladder", again=True)
+    assert {point["curve"] for point in points} == {"ladder"} and len(points) == len(measure_claims.LADDER)
+    assert [(name, float(result["x"][0])) for name, result in written[0].items()] == [("a", 0.0), ("b", 1.0)]
+
+
+def test_what_is_measured_anew_finds_nothing_done(tmp_path):
+    code = "from gpnns_utils import measure_claims as m; print(m.results_in(m.KEPT / 'tuned.npz'), m.KEPT, m.RUNS)"
+    env = os.environ | {"GPNNS_CLAIMS_ANEW": str(tmp_path)}
+    said = subprocess.run(
+        [sys.executable, "-c", code], env=env, cwd=gu.HERE, capture_output=True, text=True, check=True
+    )
+    assert said.stdout.split() == ["{}", str(tmp_path), str(tmp_path / "runs")]

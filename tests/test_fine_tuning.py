@@ -19,9 +19,10 @@ from conftest import lift, run_apart, unit
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from pytorch_metric_learning.losses import ArcFaceLoss, CosFaceLoss, ProxyAnchorLoss, SubCenterArcFaceLoss
+from pytorch_metric_learning.losses import ArcFaceLoss, ProxyAnchorLoss, SubCenterArcFaceLoss
 from safetensors.torch import load_file, save_file
 from sklearn.metrics import average_precision_score
+from torchvision import transforms
 from train_small import save_random, train_small
 
 import gpnns_utils as gu
@@ -133,7 +134,7 @@ def test_proxies_start_near_the_class_means_that_they_are_given():
     assert not np.allclose(directions[:, 0], directions[:, 1])
 
 
-# --- the losses that notebook 03 defines ---
+# --- the losses ---
 
 
 @pytest.fixture(scope="module")
@@ -148,36 +149,30 @@ def test_the_margin_by_hand_is_the_modules(lesson):
     assert by_hand.item() == pytest.approx(module(embeddings, labels).item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["CosFace", "ProxyAnchor"])
-def test_the_other_losses_equal_pytorch_metric_learning(lesson, name):
+def test_proxy_anchor_equals_pytorch_metric_learning():
     embeddings, labels = tensors(classes=6)
     begin = unit(np.random.default_rng(1), 10, 16)
-    ours = getattr(lesson, name)(16, begin)
-    if name == "CosFace":
-        theirs = CosFaceLoss(num_classes=10, embedding_size=16, margin=0.2, scale=20)
-        theirs.W.data = torch.from_numpy(begin.T.copy())
-    else:
-        theirs = ProxyAnchorLoss(num_classes=10, embedding_size=16, margin=0.1, alpha=4)
-        theirs.proxies.data = torch.from_numpy(begin.copy())
-    values = ours(embeddings, labels), theirs(embeddings, labels)
+    theirs = ProxyAnchorLoss(num_classes=10, embedding_size=16, margin=0.1, alpha=4)
+    theirs.proxies.data = torch.from_numpy(begin.copy())
+    values = gu.training.ProxyAnchor(begin)(embeddings, labels), theirs(embeddings, labels)
     assert values[0].item() == pytest.approx(values[1].item(), rel=1e-5)
     one, other = (torch.autograd.grad(value, embeddings)[0] for value in values)
     assert torch.allclose(one, other, atol=1e-5)
 
 
-def test_plain_softmax_is_cross_entropy_of_dot_products(lesson):
+def test_plain_softmax_is_cross_entropy_of_dot_products():
     embeddings, labels = tensors()
     begin = unit(np.random.default_rng(1), 10, 16)
     expected = F.cross_entropy(3 * embeddings @ torch.from_numpy(begin).T, labels)
-    assert lesson.Softmax(16, 5 * begin)(3 * embeddings, labels).item() == pytest.approx(expected.item(), rel=1e-6)
+    assert gu.training.Softmax(5 * begin)(3 * embeddings, labels).item() == pytest.approx(expected.item(), rel=1e-6)
 
 
-def test_rarer_classes_get_wider_margins_between_the_published_bounds(lesson):
+def test_rarer_classes_get_wider_margins_between_the_published_bounds():
     """G-Universal-CLIP: t = sqrt(1 / sqrt(count)), scaled to 0.05 ... 0.50."""
     counts = [50, 4, 7, 20]
     t = np.sqrt(1 / np.sqrt(counts))
-    assert lesson.margins_by_count(counts) == pytest.approx((t - t.min()) / (t.max() - t.min()) * 0.45 + 0.05)
-    assert np.isfinite(lesson.margins_by_count([10, 10])).all()
+    assert gu.training.margins_by_count(counts) == pytest.approx((t - t.min()) / (t.max() - t.min()) * 0.45 + 0.05)
+    assert np.isfinite(gu.training.margins_by_count([10, 10])).all()
 
 
 # --- many classes ---
@@ -977,8 +972,10 @@ def test_a_whole_fine_tuning_is_its_parts_put_together(tmp_path):
     photos = gu.load_images("mini", "validation").subset(np.arange(120))
     held_out = gu.load_images("mini", "validation").subset(np.arange(200, 240))
     recipe = {"epochs": 1.0, "batch_size": 40, "seed": 3}
-    whole = gu.load_encoder("mini")
-    gu.training.fine_tune(whole, photos, held_out, tmp_path / "whole", rate=1e-3, proxy_rate=5e-3, flip=0.0, **recipe)
+    whole, log = gu.training.fine_tune(
+        gu.load_encoder("mini"), photos, held_out, tmp_path / "whole", rate=1e-3, proxy_rate=5e-3, flip=0.0, **recipe
+    )
+    assert log[-1]["step"] == 3
     parts = gu.load_encoder("mini")
     data = gu.training.TrainingImages(photos, gu.training.training_transform(parts, flip=0.0))
     start = gu.training.class_means(gu.embed_images(parts, photos), data.labels)
@@ -994,3 +991,85 @@ def test_a_whole_fine_tuning_is_its_parts_put_together(tmp_path):
     assert not torch.equal(after["visual.proj"], gu.load_encoder("mini").model.state_dict()["visual.proj"])
     with pytest.raises(TypeError, match="marginn"):
         gu.training.fine_tune(parts, photos, held_out, tmp_path / "parts", marginn=0.3)
+
+
+def tuned_in_small(tmp_path, monkeypatch, **recipe):
+    """What `fine_tune` hands to `fit`, stage by stage, without training: (encoder, [(objective, data set, groups, settings)])."""
+    photos = gu.load_images("mini", "validation").subset(np.arange(120))
+    stages = []
+
+    def record(processes, objective, dataset, folder, groups, **settings):
+        stages.append((objective, dataset, groups, settings))
+        return []
+
+    monkeypatch.setattr(gu.training, "fit_in_processes", record)
+    encoder, _ = gu.training.fine_tune(gu.load_encoder("mini"), photos, photos, tmp_path, batch_size=40, **recipe)
+    return encoder, stages
+
+
+def test_a_recipe_sets_margins_by_class_size_centers_and_the_start_of_the_proxies(tmp_path, monkeypatch):
+    _, [(objective, *_)] = tuned_in_small(tmp_path, monkeypatch, margin=[0.05, 0.5], centers=3, start="xavier")
+    photos = gu.load_images("mini", "validation").subset(np.arange(120))
+    counts = np.unique(photos.labels, return_counts=True)[1]
+    assert objective.loss.margin.tolist() == pytest.approx(gu.training.margins_by_count(counts, 0.05, 0.5).tolist())
+    assert objective.loss.centers == 3
+    means = torch.from_numpy(gu.training.class_means(gu.embed_images(gu.load_encoder("mini"), photos), photos.labels))
+    for start, near in (("xavier", False), ("means", True)):
+        _, [(objective, *_)] = tuned_in_small(tmp_path, monkeypatch, start=start)
+        cosines = F.cosine_similarity(objective.loss.proxies, means)
+        assert bool((cosines > 0.9).all()) == near, start
+
+
+def test_a_head_learns_with_the_proxies_first_alone_and_then_stays(tmp_path, monkeypatch):
+    recipe = {"head": 16, "head_first": 2.0, "frozen_head": True, "rate": 1e-3, "proxy_rate": 5e-3, "proxy_decay": 1e-5}
+    encoder, (first, second) = tuned_in_small(tmp_path, monkeypatch, epochs=1.0, seed=0, **recipe)
+    assert encoder.dim == 16 and encoder.text_tower is None
+    new = {id(value) for value in [*first[0].loss.parameters(), *encoder.model.embedding_head.parameters()]}
+    assert first[3]["epochs"] == 2.0 and "validate" not in first[3]
+    (group,) = first[2]
+    assert {id(value) for value in group["params"]} == new
+    assert (group["lr"], group["weight_decay"]) == (5e-3, 1e-5)
+    assert second[3]["epochs"] == 1.0
+    assert not new & {id(value) for group in second[2] for value in group["params"]}
+    with pytest.raises(ValueError, match="set head_first to a few epochs"):
+        tuned_in_small(tmp_path, monkeypatch, frozen_head=True)
+
+
+def test_warm_up_is_a_share_of_the_steps_or_their_number(tmp_path, monkeypatch):
+    for warmup, steps in ((0.5, 6), (4, 4), (0.0, 0)):
+        _, [(*_, settings)] = tuned_in_small(tmp_path, monkeypatch, epochs=4.0, warmup=warmup)
+        assert settings["warmup"] == steps
+
+
+def test_views_by_autoaugment_are_squashed_and_keep_the_encoders_scale_of_pixels(tmp_path, monkeypatch):
+    encoder, [(_, dataset, *_)] = tuned_in_small(tmp_path, monkeypatch, views="autoaugment", flip=0.0, jitter=0.0)
+    augment, resize, *_, norm = dataset.transform.transforms
+    assert isinstance(augment, transforms.AutoAugment) and resize.size == (48, 48)
+    assert norm.mean == encoder.preprocess.transforms[-1].mean
+    with pytest.raises(ValueError, match="views is one of crop, autoaugment, not 'cropped'"):
+        tuned_in_small(tmp_path, monkeypatch, views="cropped")
+
+
+def test_the_papers_protocol_is_the_same_for_training_and_for_tables(tmp_path, monkeypatch):
+    encoder, [(objective, dataset, *_)] = tuned_in_small(tmp_path, monkeypatch, protocol="paper")
+    table = gu.encoders.as_in_paper(gu.load_encoder("mini"))
+    assert encoder.fingerprint() == table.fingerprint() and encoder.origin["before_projection"]
+    assert dataset.transform.transforms[-1].mean == table.preprocess.transforms[-1].mean
+    assert objective.loss.dim == table.dim
+
+
+def test_a_rate_that_makes_a_large_model_forget_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(gu.training, "LARGE_MODEL", 1e5)
+    with pytest.warns(UserWarning, match="rate=0.001 is much for mini.*1e-6 to 1e-5"):
+        tuned_in_small(tmp_path, monkeypatch, rate=1e-3)
+
+
+def test_scores_of_an_encoder_are_those_of_both_kinds_of_search():
+    splits, mini = gu.load_splits("mini"), gu.load_encoder("mini")
+    scores = gu.training.scores_of(mini, splits)
+    assert list(scores) == ["image to image", "text to image"]
+    assert scores["image to image"].mean == gu.training.image_to_image(mini, splits.test[0]).mean
+    texts, relevant = gu.text_queries(splits.text_test)
+    ranks = gu.rank_relevant(gu.embed_texts(mini, texts), gu.embed_images(mini, splits.text_test), relevant)
+    assert scores["text to image"].mean == pytest.approx(gu.mean_average_precision(ranks).mean)
+    assert list(gu.training.scores_of(gu.encoders.as_in_paper(mini), splits)) == ["image to image"], "no text tower"

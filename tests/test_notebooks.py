@@ -4,7 +4,6 @@ import ast
 import json
 import re
 import shutil
-import statistics
 import subprocess
 import sys
 
@@ -50,6 +49,11 @@ def test_the_course_has_its_notebooks():
     ]
 
 
+# Told again as lessons (measured below); the list grows until it holds all of them.
+RETOLD = [FOLDER / "03_finetune_arcmargin.ipynb"]
+FORMER = [path for path in PATHS if path not in RETOLD]
+
+
 @pytest.mark.parametrize("path", PATHS, ids=ids)
 def test_a_notebook_opens_as_all_do(path):
     first, *_ = cells(path)
@@ -57,7 +61,6 @@ def test_a_notebook_opens_as_all_do(path):
     for part in (
         "colab.research.google.com",
         "kaggle.com/kernels",
-        "**You will learn**",
         "**Time**",
         "**Downloads**",
         f"notebooks/{path.name}",
@@ -77,18 +80,44 @@ def test_parameters_are_typed_described_and_known_to_papermill(path):
     assert all(isinstance(node, ast.AnnAssign) for node in ast.parse(cell.source).body)
 
 
-@pytest.mark.parametrize("path", PATHS, ids=ids)
-def test_a_notebook_reads_well_on_its_measures(path):
-    code, everything = code_cells(path), cells(path)
-    sizes = sorted(len(lines(cell)) for cell in code)
-    assert statistics.median(sizes) <= 4 and sizes[int(0.9 * len(sizes))] <= 15 and sizes[-1] <= 25, sizes
-    preceded = sum(
-        a.cell_type == "markdown" and b.cell_type == "code" for a, b in zip(everything, everything[1:], strict=False)
-    )
-    assert preceded >= 0.85 * len(code)
-    words = [len(re.findall(r"\w+", cell.source)) for cell in everything if cell.cell_type == "markdown"]
-    assert statistics.median(words) <= 35
-    assert path.stat().st_size < 300 * 1024
+def pictures_shown(path):
+    """After how many code cells each picture stands that is among the committed outputs."""
+    return [
+        number
+        for number, cell in enumerate(code_cells(path), 1)
+        if any(kind.startswith("image/") for output in cell.outputs for kind in output.get("data", {}))
+    ]
+
+
+@pytest.mark.parametrize("path", RETOLD, ids=lambda path: path.stem)
+def test_a_lesson_stays_within_what_a_reader_can_follow(path):
+    code = code_cells(path)
+    assert len(code) <= 60
+    assert sum(len(lines(cell)) for cell in code) <= 400 and max(len(lines(cell)) for cell in code) <= 25
+    trees = [ast.parse(cell.source) for cell in code[1:]]  # the first is the set-up that all notebooks share
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    assert sum(isinstance(node, ast.FunctionDef | ast.ClassDef) for node in nodes) <= 15
+    assert len(pm.inspect_notebook(str(path))) <= 10
+    assert pictures_shown(path)[0] <= 10 and path.stat().st_size <= 300 * 1024
+    fillers = [
+        cell.source
+        for cell in cells(path)
+        if cell.cell_type == "markdown" and cell.source[0] not in "#!<|" and len(cell.source.split()) <= 8
+    ]
+    assert len(fillers) <= 3, fillers
+
+
+@pytest.mark.parametrize("path", RETOLD, ids=lambda path: path.stem)
+def test_a_lesson_has_no_guards_and_asks_no_input_what_it_is(path):
+    """What a cell calls checks; a comparison inside an expression is fine where it draws or counts."""
+    trees = [ast.parse(cell.source) for cell in code_cells(path)[1:] if not cell.id.startswith("check-")]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    assert not [ast.unparse(node) for node in nodes if isinstance(node, ast.Raise | ast.Assert | ast.If | ast.Try)]
+
+
+@pytest.mark.parametrize("path", FORMER, ids=lambda path: path.stem)
+def test_a_notebook_that_is_not_yet_told_again_stays_small(path):
+    assert max(len(lines(cell)) for cell in code_cells(path)) <= 25 and path.stat().st_size < 300 * 1024
 
 
 def shows_a_picture(cell):
@@ -102,7 +131,7 @@ def shows_a_picture(cell):
     )
 
 
-@pytest.mark.parametrize("path", PATHS, ids=ids)
+@pytest.mark.parametrize("path", FORMER, ids=lambda path: path.stem)
 def test_every_figure_stands_between_what_to_look_for_and_what_was_seen(path):
     """Before: a question, or a word that directs the eye. After: a sentence in italics, which is the figure's alt text."""
     everything = cells(path)
@@ -152,7 +181,7 @@ def test_links_between_notebooks_lead_somewhere():
 
 # Parameters of the tests that run every notebook; the training that is the default runs once, below.
 QUICK = {
-    "03_finetune_arcmargin": {"train": "none"},
+    "03_finetune_arcmargin": {"recipe": {"epochs": 0.1}},
     "04_realign_text_mcip": {"train": "none"},
     "05_average_soups": {"epochs": 1.0, "batch_size": 16, "train_images": "SMALL WORLD"},
     "06_normalize_neighbors_nnn": {"encoders": "mini", "reference_images": 300},
@@ -252,17 +281,16 @@ def test_fine_tuning_gains_ten_points_on_unseen_classes_in_every_domain_and_cost
     rows = json.loads((out / "03_finetune_arcmargin.json").read_text())["rows"]
     scores = {(row["model"], row["split"], row["task"], row["group"]): row for row in rows}
     tuned = {key[1:]: row for key, row in scores.items() if key[0] == "arcmargin"}
-    assert {row["seeds"] for row in tuned.values()} == {3}
+    assert len(tuned) == 8, "all images, six domains, and text"
     for (split, task, group), row in tuned.items():
         gain = row["value"] - scores["mini", split, task, group]["value"]
         if task == "text_to_image":
             assert gain < 0, "the text tower no longer fits"
-        elif group == "all" and split == "test" and task == "image_to_image":
-            assert gain >= 10
         else:
-            assert gain > 0, (split, task, group)
-    losses = {row["model"] for row in rows}
-    assert {"softmax", "cosface", "proxyanchor", "subcenters"} <= losses
+            assert gain > (10 if group == "all" else 0), (split, task, group)
+    shipped = load_file(gu.DATA / "mini_tuned" / "arcmargin.safetensors")
+    made = load_file(out / "03_arcmargin.safetensors")
+    assert all(torch.allclose(made[key], shipped[key], atol=0.05) for key in shipped), "the recipe of what is shipped"
     trained_here = [json.loads(line) for line in next(out.glob("03_training/*/log.jsonl")).read_text().splitlines()]
     validation = [row["validation"] for row in trained_here if "validation" in row]
     assert len(validation) == 3 and max(validation) > 60, "this run trained, it did not load"
@@ -296,18 +324,22 @@ def test_text_lost_by_images_alone_is_won_back_by_realignment_and_less_is_lost_w
     assert "nan" not in text_of(notebook)
 
 
-def test_anyones_folder_is_fine_tuned_with_every_loss_and_a_head(shapes, tmp_path, results, cache):
+def test_anyones_folder_is_fine_tuned_with_margins_by_class_size_three_proxies_and_a_head(
+    shapes, tmp_path, results, cache
+):
     profile, out = results
     (shapes / "class 3" / "0.png").write_bytes(b"broken")
     (shapes / "class 4" / "1.png").unlink()
     for i in range(1, 6):
         (shapes / "class 5" / f"{i}.png").unlink()  # a class with one image
-    mine = {"profile": profile, "train_images": str(shapes), "batch_size": 16, "epochs": 4, "head": 16, "train": "all"}
-    run_here("03", mine)
+    recipe = {"batch_size": 16, "epochs": 4, "head": 16, "centers": 3, "margin": [0.1, 0.4], "start": "xavier"}
+    run_here("03", {"profile": profile, "train_images": str(shapes), "recipe": recipe})
     encoder = gu.load_encoder(f"mini@{out}/03_arcmargin.safetensors")
     assert encoder.dim == 16 and encoder.text_tower is None
     rows = json.loads((out / "03_finetune_arcmargin.json").read_text())["rows"]
-    assert {"softmax", "cosface", "proxyanchor", "subcenters", "adaptive margins"} <= {row["model"] for row in rows}
+    assert {row["model"] for row in rows} == {"mini", "arcmargin"}
+    about = json.loads((out / "03_arcmargin.json").read_text())
+    assert about | recipe == about, "the checkpoint says how it was made"
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ WRONG = {
         4: ["widths = 0.05", "widths = average_precision[best].interval()", "widths = [5.5, 2.5]"],
     },
     "03_finetune_arcmargin": {
-        1: ["degrees = 45", "degrees = 45 - np.rad2deg(margin)", "degrees = 0.6353"],
+        1: ["degrees = 45", "degrees = 45 - np.rad2deg(recipe['margin'])", "degrees = 0.6353"],
         2: [
             "def gap(embeddings, labels):\n    same = labels[:, None] == labels\n"
             "    return (embeddings @ embeddings.T)[same].mean() - (embeddings @ embeddings.T)[~same].mean()",
@@ -42,7 +42,10 @@ WRONG = {
             "    return -shares[labels[:, None] == labels].mean()",
             "def batch_softmax(embeddings, labels, scale=20.0):\n    return (embeddings @ embeddings.T).mean(dim=1)",
         ],
-        4: ["most_recovered = min(domains, key=lambda g: gain[g][0])", "most_recovered = 'a typo'"],
+        4: [
+            "most_recovered = min(members, key=lambda name: gain.where(members[name]).mean)",
+            "most_recovered = 'a typo'",
+        ],
     },
     "04_realign_text_mcip": {
         1: ["five_percent = threshold", "five_percent = 0.05", "five_percent = np.quantile(found['scores'], 0.05)"],
