@@ -667,11 +667,14 @@ def rank_relevant(
     if len(relevant) != len(queries) or (leave_out is not None and len(leave_out) != len(queries)):
         raise ValueError(f"{len(queries)} queries need as many lists of relevant rows, and of rows to leave out")
     bias = 0 if bias is None else checked_bias(bias, len(gallery))
-    workers = os.cpu_count() or 1
-    block = max(1, min(256, 2**23 // (workers * len(gallery))))  # at most 32 MB of scores at a time
+    count, workers = len(gallery), os.cpu_count() or 1
+    block = max(1, min(256, 2**23 // (workers * count)))  # at most 32 MB of scores at a time
+    gallery = np.pad(
+        gallery, ((0, -count % 64), (0, 0))
+    )  # some processors round the last few columns of a product otherwise
 
     def rank_block(start: int) -> list[Array]:
-        scores = queries[start : start + block] @ gallery.T
+        scores = (queries[start : start + block] @ gallery.T)[:, :count]
         scores -= bias
         found = []
         for query, row in enumerate(scores, start):

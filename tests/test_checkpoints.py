@@ -151,7 +151,7 @@ def test_a_checkpoint_with_a_head_loads_in_plain_open_clip_as_the_readme_says(mo
     (said,) = re.findall(
         r"^```python\n(state = .*?)^```", (gu.HERE / "README.md").read_text(encoding="utf-8"), re.M | re.S
     )
-    code = said.replace("runs/mine/03_arcmargin.safetensors", str(path))
+    code = said.replace("runs/photos/03_arcmargin.safetensors", str(path))
     names = {"safetensors": safetensors, "model": models["small"], "images": torch.rand(2, 3, 32, 32)}
     with torch.no_grad():
         exec(code, names)

@@ -337,3 +337,13 @@ def test_dollar_signs_in_a_text_are_no_formula(text, tmp_path):
         axis.plot([0], label=text)
         axis.legend()
         gu.as_jpeg(figure)
+
+
+@pytest.mark.parametrize("copies", [2, 6, 7, 15, 33, 100])
+def test_equal_rows_of_the_gallery_tie_wherever_they_stand(copies):
+    """A product's last columns may be summed in another order than the others, which would break a tie by its place."""
+    rng = np.random.default_rng(copies)
+    queries, row = unit(rng, 5, 128), unit(rng, 1, 128)
+    gallery = np.concatenate([unit(rng, 3, 128), np.repeat(row, copies, axis=0)])
+    ranks = gu.rank_relevant(queries, gallery, [np.arange(3, 3 + copies)] * len(queries))
+    assert (ranks == ranks[:, :1]).all(), "all at the end of their group"
