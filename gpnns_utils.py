@@ -669,9 +669,8 @@ def rank_relevant(
     bias = 0 if bias is None else checked_bias(bias, len(gallery))
     count, workers = len(gallery), os.cpu_count() or 1
     block = max(1, min(256, 2**23 // (workers * count)))  # at most 32 MB of scores at a time
-    gallery = np.pad(
-        gallery, ((0, -count % 64), (0, 0))
-    )  # some processors round the last few columns of a product otherwise
+    # Whole blocks of columns: some processors sum the last few of a product otherwise, and equal rows would not tie.
+    gallery = np.pad(gallery, ((0, -count % 64), (0, 0)))
 
     def rank_block(start: int) -> list[Array]:
         scores = (queries[start : start + block] @ gallery.T)[:, :count]

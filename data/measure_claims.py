@@ -440,10 +440,8 @@ def digest_of_file(path: Path) -> str:
 
 def digest_of(base: str) -> str:
     """What tells the weights of a base from others. It is kept too, for scores whose base is not shipped."""
-    file, known = (
-        KEPT / "bases.json",
-        gu.datasets.read_json(KEPT / "bases.json") if (KEPT / "bases.json").exists() else {},
-    )
+    file = KEPT / "bases.json"
+    known = gu.datasets.read_json(file) if file.exists() else {}
     path = path_of(base)
     if not path.exists():
         return known.get(base, "not made yet")

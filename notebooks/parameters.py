@@ -15,6 +15,7 @@ import gpnns_utils as gu
 
 CHOICES = {
     "train": ("one", "all", "none"),
+    "03_finetune_arcmargin.train": ("one", "all"),
     "recipe.start": ("means", "xavier"),
     "recipe.views": ("crop", "autoaugment"),
     "recipe.protocol": ("own", "paper"),
@@ -37,7 +38,7 @@ def take_parameters(notebook: str, given: dict) -> dict:
     folder = gu.HERE / "notebooks" / "profiles"
     files = {path.stem: path for path in sorted(folder.glob("*.yml"))}
     defaults = read_profile(files["mini"], notebook)
-    taken = {name: taken_as(default, given[name], name) for name, default in defaults.items()}
+    taken = {name: taken_as(default, given[name], name, notebook) for name, default in defaults.items()}
     mappings = {name: default for name, default in defaults.items() if isinstance(default, dict)}
     profile = taken_as("mini", given["profile"], "profile").strip()
     if not re.fullmatch(r"\w[\w. -]*", profile):
@@ -67,7 +68,7 @@ def read_profile(path, notebook: str) -> dict:
     return yaml.safe_load(path.read_text(encoding="utf-8"))["notebooks"].get(notebook, {})
 
 
-def taken_as(default, value, name: str):
+def taken_as(default, value, name: str, notebook: str = ""):
     """`value` as the kind that `default` is; ValueError with the parameter's name and what it may be."""
     if isinstance(default, dict):
         return as_mapping(default, value, name)
@@ -82,8 +83,9 @@ def taken_as(default, value, name: str):
         raise ValueError(f"{name} must be {error}, not {value!r}. Its default is {default!r}") from None
     if default and value == []:
         raise ValueError(f"{name} names nothing; its default is {default!r}")
-    if full in CHOICES and value not in CHOICES[full]:
-        raise ValueError(f"{name} must be one of {', '.join(filter(None, CHOICES[full]))}, not {value!r}")
+    choices = CHOICES.get(f"{notebook}.{full}", CHOICES.get(full, [value]))
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(filter(None, choices))}, not {value!r}")
     if short in COUNTS and value < 1:
         raise ValueError(f"{name} must be 1 or more, not {value}")
     if short in SHARES and (value > 1 or (value < 0 and short != "alpha")):

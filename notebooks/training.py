@@ -478,14 +478,17 @@ def drop_patches(encoder: gu.Encoder, share: float) -> bool:
     return True
 
 
-def image_to_image(encoder: gu.Encoder, images: gu.ImageSet, gallery: gu.ImageSet | None = None) -> gu.Score:
+def image_to_image(
+    encoder: gu.Encoder, images: gu.ImageSet, gallery: gu.ImageSet | None = None, cache: bool = False
+) -> gu.Score:
     """mAP of finding an image's class in a gallery, or without one among all other images; what has nothing to find does
-    not count. `*load_splits(...).validation` are the two sets of either question."""
+    not count. `*load_splits(...).validation` are the two sets of either question. cache: keep the embeddings, which pays
+    once the encoder is trained."""
     if encoder.model is not None:
         encoder.model.eval()
-    embeddings = gu.embed_images(encoder, images, cache=False)
+    embeddings = gu.embed_images(encoder, images, cache=cache)
     gallery = images if gallery is None else gallery
-    searched = embeddings if gallery is images else gu.embed_images(encoder, gallery, cache=False)
+    searched = embeddings if gallery is images else gu.embed_images(encoder, gallery, cache=cache)
     own = np.arange(len(images))[:, None] if gallery is images else None
     relevant = gu.same_label(images.labels, gallery.labels)
     return gu.mean_average_precision(gu.rank_relevant(embeddings, searched, relevant, leave_out=own))
@@ -494,7 +497,7 @@ def image_to_image(encoder: gu.Encoder, images: gu.ImageSet, gallery: gu.ImageSe
 def scores_of(encoder: gu.Encoder, splits: gu.datasets.Splits) -> dict[str, gu.Score]:
     """What an encoder scores on the test of an open question, one value per query: mAP of image to image and, where there
     are captions and a text tower, of text to image."""
-    found, told = {"image to image": image_to_image(encoder, splits.test[0])}, splits.text_test
+    found, told = {"image to image": image_to_image(encoder, splits.test[0], cache=True)}, splits.text_test
     images = gu.embed_images(encoder, told)  # takes files that cannot be read out of `told`
     texts, relevant = gu.text_queries(told)
     if texts and encoder.text_tower:
@@ -565,6 +568,8 @@ def fine_tune(
         warnings.warn(
             f"rate={rate:g} is much for {encoder.name}: papers have 1e-6 to 1e-5 (profile photos)", stacklevel=2
         )
+    if protocol not in ("own", "paper"):
+        raise ValueError(f"protocol is own or paper, not {protocol!r}")
     if protocol == "paper":
         encoder = gu.encoders.as_in_paper(encoder)
     torch.manual_seed(seed)

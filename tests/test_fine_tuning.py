@@ -1058,6 +1058,15 @@ def test_the_papers_protocol_is_the_same_for_training_and_for_tables(tmp_path, m
     assert objective.loss.dim == table.dim
 
 
+def test_a_misspelt_protocol_or_start_is_refused(tmp_path, monkeypatch):
+    for name, message in (
+        ("protocol", "protocol is own or paper, not 'x'"),
+        ("start", "start is means or xavier, not 'x'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tuned_in_small(tmp_path, monkeypatch, **{name: "x"})
+
+
 def test_a_rate_that_makes_a_large_model_forget_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(gu.training, "LARGE_MODEL", 1e5)
     with pytest.warns(UserWarning, match="rate=0.001 is much for mini.*1e-6 to 1e-5"):

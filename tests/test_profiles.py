@@ -177,7 +177,8 @@ def test_a_parameter_is_taken_as_what_its_default_is(notebook, name, given, valu
         ("03_finetune_arcmargin", "recipe", {"flip": 2}, "recipe.flip is a share from 0 to 1"),
         ("03_finetune_arcmargin", "recipe", {"balanced": "maybe"}, "recipe.balanced must be True or False"),
         ("03_finetune_arcmargin", "recipe", {"views": "cropped"}, "recipe.views must be one of crop, autoaugment"),
-        ("03_finetune_arcmargin", "train", "noen", "train must be one of one, all, none, not 'noen'"),
+        ("03_finetune_arcmargin", "train", "none", "train must be one of one, all, not 'none'"),
+        ("04_realign_text_mcip", "train", "noen", "train must be one of one, all, none, not 'noen'"),
         ("07_reproduce_papers", "table", "gpns", "table must be one of mini, gpnns, mcip"),
     ],
 )
