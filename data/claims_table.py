@@ -318,6 +318,18 @@ def curve_of_ladder() -> list[dict]:
     return lines
 
 
+def curve_of_refinements() -> list[dict]:
+    """What margins by class size and sub-centers win over plain ArcMargin on the same images (y, mAP points), each at the
+    rate that suits it (x); three seeds."""
+    options, lines = ladder_options(), []
+    image = {name: points(results, "image") for name, results in ladder().items()}
+    for images in ("", ", long tail", ", wrong labels"):
+        for line in ("adaptive", "sub-centers"):
+            y = difference(image[line + images], image["arcmargin" + images], test_classes())
+            lines.append(point("refinements", line, images.strip(", ") or "clean", options[line + images]["rate"], y))
+    return lines
+
+
 def curve_of_frontier() -> list[dict]:
     """How far training goes: what is gained with images (x, mAP) against text (y, R@5), by rate; seed 0."""
     base, models = results_of("base", [{"base": "0"}]), []
@@ -408,6 +420,7 @@ def write_table(file: Path, rows: list[dict]) -> None:
 
 CURVES = {
     "ladder": curve_of_ladder,
+    "refinements": curve_of_refinements,
     "finder": curve_of_finders,
     "room": curve_of_room,
     "frontier": curve_of_frontier,

@@ -559,9 +559,13 @@ LADDER = {  # name: how it may be trained, and on which images
     "margin 0": (["margin_0"], "train"),
     "softmax": (["softmax"], "train"),
     "proxyanchor": (["proxyanchor"], "train"),
+    "adaptive": (["adaptive", "adaptive_narrow"], "train"),
+    "sub-centers": (["subcenters"], "train"),
     "arcmargin, long tail": (["arcmargin"], "long_tail"),
     "adaptive, long tail": (["adaptive", "adaptive_narrow"], "long_tail"),
+    "sub-centers, long tail": (["subcenters"], "long_tail"),
     "arcmargin, wrong labels": (["arcmargin"], "train_noisy"),
+    "adaptive, wrong labels": (["adaptive", "adaptive_narrow"], "train_noisy"),
     "sub-centers, wrong labels": (["subcenters"], "train_noisy"),
 }
 

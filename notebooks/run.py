@@ -128,25 +128,28 @@ def smaller(png: str) -> str:
 
 
 def rebuild_solution(path: Path) -> None:
-    """Write the solution of a notebook anew: its cells without outputs, and the old solution's tagged cells.
+    """Write the solution of a notebook anew: its cells and the old solution's tagged cells.
 
-    --render does this after each notebook, --solutions for all of them without a run: to be called after any change to
-    a notebook. An answer stays behind the cell it followed, known by its id. ValueError when that cell is gone.
+    --render does this and then runs the solution, --solutions does it for all of them without a run: to be called after
+    any change to a notebook. An answer stays behind the cell it followed, known by its id; outputs stay where a cell is
+    what it was. ValueError when an answer's cell is gone.
     """
     solution = path.parent / "solutions" / path.name
     notebook, answers, anchor = nbformat.read(path, as_version=4), {}, None
-    for cell in nbformat.read(solution, as_version=4).cells if solution.exists() else []:
+    before = nbformat.read(solution, as_version=4).cells if solution.exists() else []
+    for cell in before:
         if "solution" in cell.metadata.get("tags", []):
             answers.setdefault(anchor, []).append(cell)
         else:
             anchor = cell.id
     if lost := answers.keys() - {cell.id for cell in notebook.cells}:
         raise ValueError(f"{solution} has answers behind the cell {lost.pop()}, which {path.name} no longer has")
-    cells = [part for cell in notebook.cells for part in (cell, *answers.get(cell.id, []))]
-    for cell in cells:
+    notebook.cells = [part for cell in notebook.cells for part in (cell, *answers.get(cell.id, []))]
+    known = {(cell.id, cell.source): cell for cell in before}
+    for cell in notebook.cells:
         if cell.cell_type == "code":
-            cell.outputs, cell.execution_count = [], None
-    notebook.cells = cells
+            same = known.get((cell.id, cell.source), {})
+            cell.outputs, cell.execution_count = same.get("outputs", []), same.get("execution_count")
     nbformat.write(notebook, solution)
 
 
@@ -185,6 +188,10 @@ def main() -> int:
         if arguments.render and not failed:
             render(folder / path.name, path)
             rebuild_solution(path)
+            solution, copy = path.parent / "solutions" / path.name, folder / f"{path.stem}_solved.ipynb"
+            failed = run_notebook(solution, copy, {"profile": arguments.profile})  # its training is done already
+            if not failed:
+                render(copy, solution)
     width = max(len(row[0]) for row in table)
     print(f"\n{'notebook':{width}}  {'time':>6}  headline result")
     for name, seconds, result in table:

@@ -9,7 +9,7 @@ import sys
 
 import nbformat
 import pytest
-from conftest import load_module
+from conftest import RETOLD, load_module
 from wrong_answers import WRONG
 
 import gpnns_utils as gu
@@ -78,10 +78,22 @@ def test_every_exercise_is_tried_with_wrong_answers_too(path):
 
 
 @pytest.mark.parametrize("path", PATHS, ids=ids)
-def test_ids_are_unique_and_a_solution_is_stored_without_outputs(path):
+def test_the_ids_of_a_solution_are_unique(path):
     cells = read(solution_of(path))
     assert len({cell.id for cell in cells}) == len(cells)
-    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in cells)
+
+
+@pytest.mark.parametrize("path", RETOLD, ids=lambda path: path.stem)
+def test_a_solution_shows_its_own_run_in_which_every_check_says_right(path):
+    cells = [cell for cell in read(solution_of(path)) if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), "`run.py --render`"
+    said = {cell.id: text_of_outputs(cell) for cell in cells if cell.id.startswith("check-")}
+    assert said == {f"check-{number}": ["'right'"] for number in exercises_of(path)}
+    assert str(gu.HERE) not in solution_of(path).read_text(encoding="utf-8"), "no path of the machine that ran it"
+
+
+def text_of_outputs(cell):
+    return [output.data["text/plain"] for output in cell.outputs if output.output_type == "execute_result"]
 
 
 def write(path, *cells):
@@ -116,7 +128,17 @@ def test_a_changed_notebook_takes_its_answers_along(changed):
         ("s", "answer = 2"),
         ("z", "answer"),
     ]
-    assert cells[0].outputs == [] and read(changed)[0].outputs, "only the solution is stored without outputs"
+    assert read(changed)[0].outputs and not cells[0].outputs, "the solution shows its own run, not the notebook's"
+
+
+def test_an_answer_keeps_its_outputs_until_its_cell_changes(changed):
+    solved = read(solution_of(changed))
+    for count, cell in enumerate(solved, 1):
+        cell.outputs, cell.execution_count = [nbformat.v4.new_output("stream", text=f"{count}")], count
+    write(solution_of(changed), *solved)
+    RUN.rebuild_solution(changed)
+    shown = {cell.id: (cell.execution_count, len(cell.outputs)) for cell in read(solution_of(changed))}
+    assert shown == {"a": (None, 0), "new": (None, 0), "stub": (2, 1), "s": (3, 1), "z": (4, 1)}
 
 
 def test_an_answer_whose_stub_is_gone_is_not_dropped_silently(changed):

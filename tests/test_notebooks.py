@@ -14,7 +14,7 @@ import papermill as pm
 import pytest
 import timm
 import torch
-from conftest import FOLDER, NOTEBOOKS, execute, run_here, text_of, value, write_notebook
+from conftest import FOLDER, NOTEBOOKS, RETOLD, execute, run_here, text_of, value, write_notebook
 from PIL import Image
 from safetensors.torch import load_file
 from wrong_answers import WRONG
@@ -49,8 +49,6 @@ def test_the_course_has_its_notebooks():
     ]
 
 
-# Told again as lessons (measured below); the list grows until it holds all of them.
-RETOLD = [FOLDER / "03_finetune_arcmargin.ipynb"]
 FORMER = [path for path in PATHS if path not in RETOLD]
 
 

@@ -3,6 +3,8 @@
 import ast
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -395,10 +397,10 @@ SMALLER = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.notebook
-def test_the_gpu_profile_runs_from_end_to_end_with_small_random_models(tmp_path):
-    """Kaggle is imitated by its variable; there is no network, and none is asked for."""
+@pytest.fixture
+def small_course(tmp_path):
+    """A course in small, and how papermill is called in it: papermill(notebook, parameters), which must succeed. Kaggle is
+    imitated by its variable; there is no network, and none is asked for."""
     course = course_in_small(tmp_path / "course")
     shutil.copytree(
         gu.cache_folder() / "mini_world", tmp_path / "cache" / "mini_world"
@@ -411,14 +413,23 @@ def test_the_gpu_profile_runs_from_end_to_end_with_small_random_models(tmp_path)
         "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": "",
     }
+
+    def papermill(notebook, *options):
+        command = [sys.executable, "-m", "papermill", f"notebooks/{notebook}.ipynb", str(tmp_path / "out.ipynb")]
+        command += ["-k", "python3", "--cwd", str(course), "--no-progress-bar", *options]
+        result = subprocess.run(command, env=environment, cwd=course, capture_output=True, text=True)
+        assert result.returncode == 0, f"{notebook} {options}: {result.stderr[-3000:]}"
+        return nbformat.read(tmp_path / "out.ipynb", as_version=4).cells
+
+    return course, papermill
+
+
+@pytest.mark.slow
+@pytest.mark.notebook
+def test_the_gpu_profile_runs_from_end_to_end_with_small_random_models(small_course):
+    course, papermill = small_course
     for path in NOTEBOOKS:
-        out = tmp_path / path.name
-        parameters = {"profile": "gpu"} | SMALLER.get(path.stem, {})
-        command = [sys.executable, "-m", "papermill", str(course / "notebooks" / path.name), str(out), "-k", "python3"]
-        command += ["--cwd", str(course), "--no-progress-bar", "-y", json.dumps(parameters)]
-        result = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert result.returncode == 0, f"{path.stem}: {result.stderr[-3000:]}"
-        cells = nbformat.read(out, as_version=4).cells
+        cells = papermill(path.stem, "-y", json.dumps({"profile": "gpu"} | SMALLER.get(path.stem, {})))
         text = "".join(o.get("text", "") for cell in cells for o in cell.get("outputs", []))
         assert "profile gpu sets" in text and "| Kaggle" in text
         written = json.loads((course / "runs" / "gpu" / f"{path.stem}.json").read_text())
@@ -427,6 +438,31 @@ def test_the_gpu_profile_runs_from_end_to_end_with_small_random_models(tmp_path)
         assert all(np.isfinite(row["value"]) for row in written["rows"])
     columns = {row["split"] for row in written["rows"]}
     assert columns >= {"instre", "gpr1200", "roxford", "rparis", "cub", "sop", "flowers", "aircraft"}
+
+
+README = (gu.HERE / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+COMMANDS = re.findall(r"papermill notebooks/(\w+)\.ipynb runs/\w+\.ipynb +(-p profile .*)", README)
+
+
+@pytest.mark.slow
+@pytest.mark.notebook
+def test_what_the_readme_says_about_fine_tuning_runs_in_small_as_it_is_written(small_course, tmp_path):
+    """Own images with the profile `photos`, its checkpoint in notebook 02, the profiles of the papers."""
+    course, papermill = small_course
+    first, _ = next((i, line) for i, line in enumerate(COMMANDS) if line[0] == "03_finetune_arcmargin")
+    listed = [*COMMANDS[first : first + 2], *(line for line in COMMANDS[first + 2 :] if line[0].startswith("03"))]
+    assert ["photos" in listed[0][1], "@runs/photos" in listed[1][1], "paper" in listed[2][1]] == [True] * 3
+    listed.append(("03_finetune_arcmargin", "-p profile paper_guie -p train_images path/to/labelled/folder"))
+    birds = course / "datasets" / "cub" / "CUB_200_2011" / "images"
+    smaller = {"batch_size": 8, "epochs": 1.0, "warmup": 0.5}  # the small folder has 18 classes of 6 images
+    for notebook, options in listed:
+        options = re.sub(r"path/to/\w+/folder", str(birds), options)
+        more = ["-y", json.dumps({"recipe": smaller})] if notebook.startswith("03") else ["-p", "dimensions", "8"]
+        papermill(notebook, *shlex.split(options), *more)
+    for profile in ("photos", "paper", "paper_guie"):
+        about = json.loads((course / "runs" / profile / "03_arcmargin.json").read_text())
+        recipe = taken("03_finetune_arcmargin", profile)["recipe"]
+        assert about | recipe | smaller == about, "the profile's recipe"
 
 
 def test_the_small_course_differs_from_the_real_one_only_in_what_is_downloaded(tmp_path):
