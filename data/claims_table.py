@@ -129,7 +129,7 @@ def claims_of_losses() -> list[dict]:
         ),
         *lines,
         row(
-            "The margin itself lifts, beside unit vectors and scale", "GP-NNS, Table 4", None,
+            "The margin itself helps, beyond unit vectors and scale", "GP-NNS, Table 4", None,
             gain("arcmargin", "margin 0"),
             f"unit vectors and scale gain {gain('margin 0', 'softmax')} over a plain softmax",
         ),
