@@ -64,6 +64,7 @@ from gpnns_utils.checks import (  # noqa: E402
 ELSEWHERE = {
     "datasets": ("ImageSet", "text_queries", "class_texts", "load_splits", "split_classes", "load_published"),
     "own_images": (),
+    "captions": (),
     "encoders": ("Encoder", "add_head", "save_checkpoint"),
     "checkpoints": ("load_checkpoint",),
     "parameters": ("take_parameters",),

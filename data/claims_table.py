@@ -330,6 +330,23 @@ def curve_of_refinements() -> list[dict]:
     return lines
 
 
+PAIRS = (  # models, and what each is held against
+    *((model, "base") for model in ("image-only", "base+realigned", "image-only+realigned", "mcip", "mcip+realigned")),
+    ("mcip", "image-only"),
+    ("mcip+realigned", "image-only+realigned"),
+)
+
+
+def curve_of_models() -> list[dict]:
+    """What a model gains over another (label) in image search, mAP, and in text search, R@5 (x: 0 and 1); three seeds."""
+    found, lines = text_models([str(seed) for seed in SEEDS]), []
+    for model, other in PAIRS:
+        for x, (task, classes) in enumerate((("image", test_classes()), ("text R@5", None))):
+            y = difference(points(found[model], task), points(found[other], task), classes)
+            lines.append(point("models", model, other, x, y))
+    return lines
+
+
 def curve_of_frontier() -> list[dict]:
     """How far training goes: what is gained with images (x, mAP) against text (y, R@5), by rate; seed 0."""
     base, models = results_of("base", [{"base": "0"}]), []
@@ -423,6 +440,7 @@ CURVES = {
     "refinements": curve_of_refinements,
     "finder": curve_of_finders,
     "room": curve_of_room,
+    "models": curve_of_models,
     "frontier": curve_of_frontier,
     "neighbors": curves_of_neighbors,  # overlap and gallery
 }

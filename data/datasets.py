@@ -733,7 +733,7 @@ class Splits:
     training images; labels of all sets then mean the same classes.
 
     text_validation, text_test: the images whose captions ask. In the drawn world those of its caption test, of other
-    images the queries of validation and test themselves.
+    images the queries of validation and test themselves; the name of its class asks for an image without a caption.
     """
 
     question: str
@@ -805,7 +805,7 @@ def load_splits(train_images: str | Path, test_images: str | Path = "", seed: in
             train, validation = split_classes(train, 0.1, seed)
         gallery = test if searched is None else searched
         asked = [load("mini", part) for part in ("captions_validation", "captions")] if drawn else (validation, test)
-        splits = Splits(question, train, (validation, validation), (test, gallery), *asked)
+        splits = Splits(question, train, (validation, validation), (test, gallery), *map(asked_by_name, asked))
         how = f"{len(np.unique(test.labels))} classes that are not trained on; " + (
             "their images search each other"
             if searched is None
@@ -818,12 +818,20 @@ def load_splits(train_images: str | Path, test_images: str | Path = "", seed: in
         else:
             validation = check_apart(check_apart(with_labels_of(train, validation), train), test)
         gallery = train if searched is None else searched
-        splits = Splits(question, train, (validation, train), (test, gallery), validation, test)
+        splits = Splits(question, train, (validation, train), (test, gallery), *map(asked_by_name, (validation, test)))
         how = (
             f"{len(test):,} other images of classes that are trained on; they search the {len(train):,} training images"
         )
     print(f"the question is {question}: {how}")
     return splits
+
+
+def asked_by_name(images: ImageSet) -> ImageSet:
+    """The same images, the name of its class as the caption of each that has none."""
+    told = [[text for text in texts if text.strip()] for texts in images.captions or [[]] * len(images)]
+    names = [[images.names[label]] for label in images.labels]
+    captions = [texts or name for texts, name in zip(told, names, strict=True)]
+    return replace(images, captions=captions, left_out=list(images.left_out))
 
 
 def load_beside(source: str | Path, split: str) -> ImageSet | None:

@@ -1,6 +1,6 @@
 """Make all that the course ships from nothing but its code: `make world`.
 
-First the mini CLIP, then notebooks 03 to 06 with every loss and seed; after each, what it saved is copied to `mini_tuned/`.
+First the mini CLIP, then notebooks 03 to 06; after each, what it saved is copied to `mini_tuned/`.
 Begun trainings are kept in `.cache/` and `runs/world/`: after a break the same command goes on, and repeats no finished one.
 """
 
@@ -9,6 +9,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+from safetensors.torch import load_file, save_file
 
 DATA = Path(__file__).resolve().parent
 sys.path.insert(0, str(DATA.parent / "notebooks"))
@@ -21,12 +23,8 @@ MADE = {  # notebook: its parameters, and what of its results is shipped under w
         {"03_arcmargin.safetensors": "arcmargin.safetensors", "03_arcmargin.json": "arcmargin.json"},
     ),
     "04_realign_text_mcip": (
-        {"train": "all"},
-        {
-            "04_ship_2sft.safetensors": "2sft.safetensors",
-            "04_ship_mcip_realigned.safetensors": "mcip_realigned.safetensors",
-            "04_runs.npz": "text_runs.npz",
-        },
+        {},
+        {"04_2sft.safetensors": "2sft.safetensors", "04_mcip_realigned.safetensors": "mcip_realigned.safetensors"},
     ),
     "05_average_soups": ({}, {}),  # ships nothing, but has to run with what was made
     "06_normalize_neighbors_nnn": ({}, {}),
@@ -38,8 +36,16 @@ def make(name: str, parameters: dict, shipped: dict[str, str]) -> str | None:
     path = DATA.parent / "notebooks" / f"{name}.ipynb"
     failed = run_notebook(path, RUNS / path.name, {"profile": "world"} | parameters)
     for made, file in shipped.items() if not failed else ():
-        shutil.copyfile(RUNS / made, DATA / "mini_tuned" / file)
+        ship(RUNS / made, DATA / "mini_tuned" / file)
     return failed
+
+
+def ship(made: Path, target: Path) -> None:
+    """A copy; weights of which only 06 and 07 search with, in half precision."""
+    if made.suffix == ".safetensors" and made.name.startswith("04_"):
+        save_file({key: value.half() for key, value in load_file(made).items()}, target)
+    else:
+        shutil.copyfile(made, target)
 
 
 def main() -> int:

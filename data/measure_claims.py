@@ -52,7 +52,7 @@ RECIPE = {
     "batch_size": 64, "proxy_rate": 5e-3, "scale": SCALE, "margin": MARGIN, "warmup": 0.05, "patch_dropout": 0.25,
     "flip": 0.0, "jitter": 0.0, "caption_scale": 6.0,
 }  # fmt: skip
-REALIGNING = {"epochs": 4.0, "batch_size": 256}
+REALIGNING = {"epochs": 4.0, "batch_size": 256, "beta2": 0.999, "eps": 1e-8}
 OPTIONS = {  # of ArcMargin, by the way to train; "adaptive": lowest and highest margin
     "margin_0": {"margin": 0.0},
     "subcenters": {"centers": 3},
@@ -131,28 +131,18 @@ def captions_for(finder: str) -> tuple[np.ndarray, list[str]]:
     return np.where(scores > np.median(scores), rows, -1), texts
 
 
-def words_of(texts: list[str]) -> set[str]:
-    words = " ".join(texts).replace(",", " ").replace(":", " ").split()
-    return set(words) - {"a", "an", "the", "and", "with", "of", "in", "on"}
-
-
 def word_vectors(captions: list[list[str]], texts: list[str]) -> np.ndarray:
     """Which words of `texts` stand in the captions of each image, as unit vectors, float32 (n, words)."""
-    column = {word: i for i, word in enumerate(sorted(words_of(texts)))}
+    column = {word: i for i, word in enumerate(sorted(gu.captions.words_of(texts)))}
     vectors = np.zeros((len(captions), len(column)), dtype=np.float32)
     for vector, listed in zip(vectors, captions, strict=True):
-        vector[[column[word] for word in words_of(listed) if word in column]] = 1
+        vector[[column[word] for word in gu.captions.words_of(listed) if word in column]] = 1
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1)
 
 
 def share_of_true_words(finder: str) -> float:
     """The share of the words of an image's captions, by `finder`, that the image's own captions have too."""
-    rows, texts = captions_for(finder)
-    shares = []
-    for own, listed in zip(images_of("train").captions, rows, strict=True):
-        known = words_of(own)
-        shares += [len(words_of([texts[row]]) & known) / len(words_of([texts[row]])) for row in listed if row >= 0]
-    return float(np.mean(shares))
+    return float(np.nanmean(gu.captions.true_words(images_of("train"), *captions_for(finder))))
 
 
 def loss_of(way: str, start: np.ndarray, counts: np.ndarray) -> torch.nn.Module:
@@ -210,17 +200,9 @@ def realigned(base: str, realign_rate: float, way: str = "", **options) -> gu.En
     """A base, or with a way to train what `tuned` makes of it, with the text tower's end fitted to its images, on the pairs
     of `bank`."""
     encoder = tuned(base, way, **options) if way else open_base(base)
-    features, described = gu.embed_images(encoder, images_of("bank")), images_of("captions_validation")
-    fixed, (texts, relevant) = gu.embed_images(encoder, described), gu.text_queries(described)
-
-    def validate() -> float:
-        encoder.model.eval()
-        vectors = gu.embed_texts(encoder, texts, cache=False)
-        return 100 * gu.mean_average_precision(gu.rank_relevant(vectors, fixed, relevant)).mean
-
-    pairs = training.CaptionPairs(features, images_of("bank").captions, encoder.tokenizer)
-    groups, objective = training.text_parameters(encoder.model, realign_rate), training.Realignment(encoder.model)
-    training.fit(objective, pairs, RUNS / "training", groups, **REALIGNING, seed=seed_of(base), validate=validate)
+    choose_on = images_of("captions_validation")
+    settings = {"rate": realign_rate, "seed": seed_of(base), **REALIGNING}
+    training.realign(encoder, images_of("bank"), choose_on, RUNS / "training", **settings)
     return encoder
 
 

@@ -1,8 +1,11 @@
-"""What fine-tuning changes, as pictures: `python notebooks/cover.py` draws the README's, notebooks/cover.jpg; notebook 03
-draws its own with the same function."""
+"""What training changes, as pictures: `python notebooks/cover.py` draws the README's, notebooks/cover.jpg; notebooks 03 and
+04 draw their own with the same functions."""
 
+import textwrap
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 from IPython.display import Image as Picture
 from PIL import Image
@@ -38,6 +41,64 @@ def show_before_and_after(
     titles = [["query", "", "before", *[""] * SHOWN, "after fine-tuning", *[""] * (SHOWN - 1)]]
     titles += [[""] * len(titles[0])] * (len(queries) - 1)
     return gu.show_images(images, titles, frames, list(groups), size=size)
+
+
+def show_places(
+    places: dict[str, tuple[gu.Score, gu.Score]],
+    arrows: Sequence[tuple[str, str]] = (),
+    classes: np.ndarray | None = None,
+    left: Collection[str] = (),
+) -> None:
+    """Models as points: image to image mAP to the right, text to image R@5 upwards, with 95 % intervals as thin lines.
+
+    arrows: (from, to), names of models. classes: of the image queries, which are then drawn class by class. left: models
+    whose name stands on the left of their point.
+    """
+    figure, axis = plt.subplots(figsize=(6.4, 4))
+    points = {name: [100 * score.mean for score in scores] for name, scores in places.items()}
+    for color, (name, scores) in zip(gu.PALETTE, places.items(), strict=False):
+        x, y = points[name]
+        low, high = 100 * np.transpose([scores[0].interval(classes), scores[1].interval()])
+        axis.plot([low[0], high[0]], [y, y], color=color, linewidth=1.5, alpha=0.6)
+        axis.plot([x, x], [low[1], high[1]], color=color, linewidth=1.5, alpha=0.6)
+        axis.plot(x, y, "o", color=color, markersize=9)
+        side = {"xytext": (-9, 7), "ha": "right"} if name in left else {"xytext": (9, 7)}
+        axis.annotate(name, (x, y), textcoords="offset points", fontsize=11, **side)
+    for start, end in arrows:
+        style = {"arrowstyle": "-|>", "color": "#666666", "linewidth": 1.5, "shrinkA": 8, "shrinkB": 8}
+        axis.annotate("", points[end], points[start], arrowprops=style)
+    axis.margins(0.2)
+    axis.set(xlabel="image to image, mAP (%)", ylabel="text to image, R@5 (%)")
+    plt.show()
+
+
+def show_captions(images: gu.ImageSet, rows: Sequence[int], captions: Sequence[Sequence[str]]) -> None:
+    """Images and captions beside them, word by word: green and upright where the image's own captions have the word too, red
+    and in italics where not, black where nothing is known of the image. Words that every caption has are gray."""
+    figure, axes = plt.subplots(len(rows), 1, figsize=(7.4, 1.35 * len(rows)), layout="none")
+    for axis, row, texts in zip(np.atleast_1d(axes), rows, captions, strict=True):
+        axis.imshow(np.asarray(images[row]), extent=(0, 1.2, 0, 1.2))
+        axis.set(xlim=(0, 7.4), ylim=(0, 1.25))
+        axis.axis("off")
+        own = gu.captions.words_of(images.captions[row]) if images.captions else None
+        lines = [line for text in texts for line in textwrap.wrap(text, 80)]
+        for i, line in enumerate(lines):
+            place = 0
+            for word in line.split(" "):
+                style = {"color": "black"} if own is None else word_style(word, own)
+                axis.text(
+                    1.35 + 0.074 * place, 1.1 - 0.19 * i, word, family="monospace", fontsize=8.5, va="center", **style
+                )
+                place += len(word) + 1
+    plt.subplots_adjust(0, 0, 1, 1, 0, 0.05)
+    plt.show()
+
+
+def word_style(word: str, own: set[str]) -> dict:
+    meant = gu.captions.words_of([word])
+    if not meant:
+        return {"color": "gray"}
+    return {"color": gu.RIGHT} if meant <= own else {"color": gu.WRONG, "style": "italic"}
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 papermill makes 2024 of the text 2024 and knows no lists on the command line, and YAML makes text of 1e-4. So each
 parameter becomes what its default is: text, a whole number, a number, yes or no, a list of texts, or a mapping of these
-(`recipe`), in which every key that is not given keeps its default.
+(`recipe`), also of mappings, in which every key that is not given keeps its default.
 """
 
 import contextlib
@@ -14,18 +14,18 @@ import yaml
 import gpnns_utils as gu
 
 CHOICES = {
-    "train": ("one", "all", "none"),
-    "03_finetune_arcmargin.train": ("one", "all"),
+    "train": ("one", "all"),
     "recipe.start": ("means", "xavier"),
     "recipe.views": ("crop", "autoaugment"),
     "recipe.protocol": ("own", "paper"),
+    "recipe.shared_captions": ("right", "wrong"),
     "method": ("uniform", "greedy", "wise_ft", "model_stock", "lines", "slerp"),
     "table": ("mini", "gpnns", "mcip"),
     "protocol": ("", "own", "paper"),
 }
-COUNTS = ("k", "dimensions", "batch_size", "accumulate", "reference_images", "depth", "realign_batch", "text_chunk")
+COUNTS = ("k", "dimensions", "batch_size", "accumulate", "reference_images", "depth", "chunk", "top")
 PAIRS = ("margin",)  # a number, or two: for the most and for the least frequent classes
-SHARES = ("flip", "patch_dropout", "ema", "caption_weight", "alpha")  # a negative alpha stands for "choose it"
+SHARES = ("flip", "patch_dropout", "ema", "beta2", "caption_weight", "alpha")  # a negative alpha stands for "choose it"
 
 
 def take_parameters(notebook: str, given: dict) -> dict:
@@ -38,7 +38,7 @@ def take_parameters(notebook: str, given: dict) -> dict:
     folder = gu.HERE / "notebooks" / "profiles"
     files = {path.stem: path for path in sorted(folder.glob("*.yml"))}
     defaults = read_profile(files["mini"], notebook)
-    taken = {name: taken_as(default, given[name], name, notebook) for name, default in defaults.items()}
+    taken = {name: taken_as(default, given[name], name) for name, default in defaults.items()}
     mappings = {name: default for name, default in defaults.items() if isinstance(default, dict)}
     profile = taken_as("mini", given["profile"], "profile").strip()
     if not re.fullmatch(r"\w[\w. -]*", profile):
@@ -47,7 +47,9 @@ def take_parameters(notebook: str, given: dict) -> dict:
         )
     if profile not in files:
         print(f"profile {profile}: a name for results only; with parameters of their own: {', '.join(files)}")
-        return taken | {name: mapping | taken[name] for name, mapping in mappings.items()} | {"profile": profile}
+        return (
+            taken | {name: laid_over(mapping, taken[name]) for name, mapping in mappings.items()} | {"profile": profile}
+        )
     values = read_profile(files[profile], notebook)
     if unknown := values.keys() - defaults.keys():
         raise ValueError(f"profiles/{profile}.yml sets {', '.join(sorted(unknown))}, which {notebook} does not know")
@@ -56,24 +58,44 @@ def take_parameters(notebook: str, given: dict) -> dict:
     }
     chosen = {name: value for name, value in values.items() if taken[name] == defaults[name] != value}
     for name, mapping in mappings.items():
-        listed = values.get(name, {}).items()
-        chosen[name] = {key: value for key, value in listed if value != mapping[key] and key not in taken[name]}
+        chosen[name] = left_alone(mapping, values.get(name, {}), taken[name])
     if said := {name: value for name, value in chosen.items() if value != {}}:
         print(f"profile {profile} sets " + ", ".join(f"{name} = {value!r}" for name, value in said.items()))
-    chosen |= {name: mapping | chosen[name] | taken[name] for name, mapping in mappings.items()}
+    chosen |= {name: laid_over(laid_over(mapping, chosen[name]), taken[name]) for name, mapping in mappings.items()}
     return taken | chosen | {"profile": profile}
+
+
+def laid_over(mapping: dict, values: dict) -> dict:
+    """A mapping with `values` in place of its own, key by key, also in the mappings that it holds."""
+    return mapping | {
+        key: laid_over(mapping[key], value) if isinstance(value, dict) else value for key, value in values.items()
+    }
+
+
+def left_alone(mapping: dict, values: dict, given: dict) -> dict:
+    """Those of a profile's `values` that differ from the defaults and that a reader has not `given`."""
+    kept = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            value = left_alone(mapping[key], value, given.get(key, {}))
+        elif key in given or value == mapping[key]:
+            continue
+        if value != {}:
+            kept[key] = value
+    return kept
 
 
 def read_profile(path, notebook: str) -> dict:
     return yaml.safe_load(path.read_text(encoding="utf-8"))["notebooks"].get(notebook, {})
 
 
-def taken_as(default, value, name: str, notebook: str = ""):
+def taken_as(default, value, name: str):
     """`value` as the kind that `default` is; ValueError with the parameter's name and what it may be."""
     if isinstance(default, dict):
         return as_mapping(default, value, name)
     full = name.partition(" ")[0]  # without "in profiles/..."
-    short = full.removeprefix("recipe.")
+    short = full.rpartition(".")[2]
+    full = f"recipe.{short}" if full.startswith("recipe.") else full
     if short in PAIRS and isinstance(value, list) and len(value) == 2:
         return [taken_as(default, number, name) for number in value]
     wanted = {str: as_text, list: as_list, bool: as_switch, int: as_whole, float: as_number}[type(default)]
@@ -83,7 +105,7 @@ def taken_as(default, value, name: str, notebook: str = ""):
         raise ValueError(f"{name} must be {error}, not {value!r}. Its default is {default!r}") from None
     if default and value == []:
         raise ValueError(f"{name} names nothing; its default is {default!r}")
-    choices = CHOICES.get(f"{notebook}.{full}", CHOICES.get(full, [value]))
+    choices = CHOICES.get(full, [value])
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(filter(None, choices))}, not {value!r}")
     if short in COUNTS and value < 1:

@@ -318,10 +318,16 @@ def multi_caption_loss(
         return ((target * surprise).sum(dim=1) + 0.1 * ((1 - target) * surprise).amax(dim=1)).mean()
 
 
-def batch_captions(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The different captions of a batch, rows (m,) of the bank, and which image has which, bool (n, m); rows: (n, top)
-    int64, -1 for none. A caption of two images belongs to both."""
+SHARED = ("right", "wrong")  # what another image's copy of a caption is to an image that has it too
+
+
+def batch_captions(rows: torch.Tensor, shared: str = "right") -> tuple[torch.Tensor, torch.Tensor]:
+    """The captions of a batch, rows (m,) of the bank, and which image has which, bool (n, m); rows: (n, top) int64, -1 for
+    none. A caption of two images is one that belongs to both or, with shared="wrong", two of which each has one: so do the
+    originals of MCIP and CLIP, to which the other's copy is a wrong answer."""
     image, place = torch.nonzero(rows >= 0, as_tuple=True)
+    if shared == "wrong":
+        return rows[image, place], image == torch.arange(len(rows), device=rows.device)[:, None]
     columns, where = rows[image, place].unique(return_inverse=True)
     own = torch.zeros(len(rows), len(columns), dtype=torch.bool, device=rows.device)
     own[image, where] = True
@@ -388,17 +394,23 @@ class ImageObjective(torch.nn.Module):
 
 class CaptionObjective(ImageObjective):
     """MCIP: `loss` on classes and the caption loss on one embedding; captions: (m, d) unit rows of the frozen text tower,
-    weight: the caption loss's share of the total, from 0 to 1."""
+    weight: the caption loss's share of the total, from 0 to 1. shared: of `batch_captions`."""
 
     def __init__(
-        self, encoder: gu.Encoder, loss: torch.nn.Module, captions: np.ndarray, weight: float, scale: float = 30.0
+        self,
+        encoder: gu.Encoder,
+        loss: torch.nn.Module,
+        captions: np.ndarray,
+        weight: float,
+        scale: float = 30.0,
+        shared: str = "right",
     ):
         super().__init__(encoder, loss)
-        self.captions, self.weight, self.scale = torch.from_numpy(captions), weight, scale
+        self.captions, self.weight, self.scale, self.shared = torch.from_numpy(captions), weight, scale, shared
 
     def forward(self, images: torch.Tensor, labels: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         embeddings = self.encoder.image_tower(images)
-        columns, own = batch_captions(rows)
+        columns, own = batch_captions(rows, self.shared)
         captions = self.captions[columns.cpu()].to(embeddings.device)
         words = multi_caption_loss(embeddings, captions, own, self.scale)
         return (1 - self.weight) * self.loss(embeddings, labels) + self.weight * words
@@ -406,15 +418,16 @@ class CaptionObjective(ImageObjective):
 
 class Realignment(torch.nn.Module):
     """2SFT's second stage: InfoNCE between fixed image features and captions, which are encoded `chunk` at a time, so that
-    only so many texts' activations are in memory (GradCache, 2101.06983)."""
+    only so many texts' activations are in memory (GradCache, 2101.06983). shared: of `batch_captions`."""
 
-    def __init__(self, model: torch.nn.Module, chunk: int = 1024):
+    def __init__(self, model: torch.nn.Module, chunk: int = 1024, shared: str = "right"):
         super().__init__()
-        self.model, self.chunk = model, chunk
+        self.model, self.chunk, self.shared = model, chunk, shared
 
     def forward(self, features: torch.Tensor, tokens: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
         encode, parts = self.model.encode_text, tokens.split(self.chunk)
         texts = [encode(part) if len(parts) == 1 else checkpoint(encode, part, use_reentrant=False) for part in parts]
+        numbers = torch.arange(len(numbers), device=numbers.device) if self.shared == "wrong" else numbers
         with torch.no_grad():  # as CLIP: a scale of at most 100
             self.model.logit_scale.clamp_(0, math.log(100))
         with torch.autocast(features.device.type, enabled=False):
@@ -422,14 +435,19 @@ class Realignment(torch.nn.Module):
             return info_nce(features.float(), texts, scale, numbers)
 
 
-def text_parameters(model: torch.nn.Module, rate: float, weight_decay: float = 0.2) -> list[dict]:
-    """Groups for `fit` of the end of an open_clip model's text tower: last block, final norm, projection, and the scale."""
+def text_parameters(model: torch.nn.Module, rate: float, weight_decay: float = 0.2, **adam) -> list[dict]:
+    """Groups for `fit` of the end of an open_clip model's text tower: last block, final norm, projection, and the scale.
+    adam: betas and eps of AdamW."""
     model.lock_text_tower(unlocked_layers=2)
     text = [(name, value) for name, value in model.named_parameters() if not name.startswith(("visual.", "logit_"))]
     text = [value for _, value in text if value.requires_grad]
-    groups = [{"params": [value for value in text if value.ndim > 1], "lr": rate, "weight_decay": weight_decay}]
-    small = [value for value in text if value.ndim <= 1] + [model.logit_scale]
-    return [*groups, {"params": small, "lr": rate, "weight_decay": 0.0}]
+    large = {"params": [value for value in text if value.ndim > 1], "lr": rate, "weight_decay": weight_decay}
+    small = {
+        "params": [value for value in text if value.ndim <= 1] + [model.logit_scale],
+        "lr": rate,
+        "weight_decay": 0.0,
+    }
+    return [large | adam, small | adam]
 
 
 def image_parameters(
@@ -541,6 +559,7 @@ def fine_tune(
     frozen_head: bool = False,
     caption_weight: float = 0.25,
     caption_scale: float = 30.0,
+    shared_captions: str = "right",
     processes: int = 1,
     **settings,
 ) -> tuple[gu.Encoder, list[dict]]:
@@ -548,8 +567,8 @@ def fine_tune(
 
     choose_on: images of other classes, whose mAP chooses the weights to keep. loss: from the class means (classes, dim)
     and the images per class (classes,) to a module; ArcMargin when None. captions: (rows (n, top), -1 for none, texts, unit
-    embeddings of the texts) adds MCIP's caption loss, `caption_weight` of the total. settings: go to `fit`, such as seed,
-    lr_min, accumulate, draw.
+    embeddings of the texts) adds MCIP's caption loss, `caption_weight` of the total; shared_captions: of `batch_captions`.
+    settings: go to `fit`, such as seed, lr_min, accumulate, draw.
 
     margin: in radians; two of them go to the most and the least frequent classes (`margins_by_count`). start: proxies at
     the mean embeddings of their classes ("means") or at random ("xavier"). layer_decay: of `image_parameters`. warmup:
@@ -560,6 +579,8 @@ def fine_tune(
     The defaults are GP-NNS's recipe for CLIP ViT-B but for `start` ("xavier" there), `protocol` ("paper") and lr_min (1e-7).
     """
     seed = settings.get("seed", 0)
+    if encoder.model is None:
+        raise ValueError(f"{encoder.name} has no weights to train; choose mini, open_clip:... or timm:...")
     if frozen_head and not head_first:
         raise ValueError("frozen_head keeps what head_first has learned: set head_first to a few epochs")
     if start not in ("means", "xavier"):
@@ -570,6 +591,8 @@ def fine_tune(
         )
     if protocol not in ("own", "paper"):
         raise ValueError(f"protocol is own or paper, not {protocol!r}")
+    if shared_captions not in SHARED:
+        raise ValueError(f"shared_captions is one of {', '.join(SHARED)}, not {shared_captions!r}")
     if protocol == "paper":
         encoder = gu.encoders.as_in_paper(encoder)
     torch.manual_seed(seed)
@@ -588,7 +611,7 @@ def fine_tune(
     if captions:
         rows, texts, vectors = captions
         data = CaptionedImages(images, transform, rows, texts)
-        objective = CaptionObjective(encoder, objective.loss, vectors, caption_weight, caption_scale)
+        objective = CaptionObjective(encoder, objective.loss, vectors, caption_weight, caption_scale, shared_captions)
     tower = image_parameters(encoder, rate, layer_decay, weight_decay)
     new = [*objective.loss.parameters(), *(encoder.model.embedding_head.parameters() if head else ())]
     new = {"params": new, "lr": proxy_rate, "weight_decay": proxy_decay}
@@ -604,6 +627,76 @@ def fine_tune(
     log = fit_in_processes(processes, objective, data, folder, groups, **settings)
     drop_patches(encoder, 0)
     return encoder, log
+
+
+def taken_home(
+    run: gu.Run, encoder: str, images: gu.ImageSet, choose_on: gu.ImageSet, **settings
+) -> tuple[gu.Encoder, str]:
+    """The encoder as notebook 03 fine-tunes it, both towers, and where it comes from.
+
+    It is what notebook 03 left in the folder of the same profile, if that was tuned from the same encoder and kept the text
+    tower; for the mini CLIP and the drawn world else the shipped copy of that; and otherwise it is trained now, with
+    `settings` of `fine_tune`, in the folder in which notebook 03 would train it.
+    """
+    mine, shipped = run.folder / "03_arcmargin.safetensors", gu.DATA / "mini_tuned" / "arcmargin.safetensors"
+    about = gu.datasets.read_json(mine.with_suffix(".json")) if mine.with_suffix(".json").exists() else {}
+    if mine.exists() and about.get("tuned_from") == encoder and not (about["head"] or about["before_projection"]):
+        return gu.load_encoder(f"{about['encoder']}@{mine}"), f"what notebook 03 left in runs/{run.profile}"
+    if encoder == "mini" and images.name == "mini train":
+        return gu.load_encoder(f"mini@{shipped}"), "the copy of notebook 03's encoder that comes with the course"
+    tuned, _ = fine_tune(
+        gu.load_encoder(encoder), images, choose_on, run.folder / "03_training", seed=run.seed, **settings
+    )
+    return tuned, "a fine-tuning on images alone, done now"
+
+
+def realign(
+    encoder: gu.Encoder,
+    pairs: gu.ImageSet,
+    choose_on: gu.ImageSet,
+    folder: str | Path,
+    *,
+    epochs: float = 3.0,
+    batch_size: int = 16384,
+    rate: float = 1e-5,
+    weight_decay: float = 0.2,
+    beta2: float = 0.98,
+    eps: float = 1e-6,
+    chunk: int = 1024,
+    shared_captions: str = "right",
+    **settings,
+) -> tuple[gu.Encoder, list[dict]]:
+    """Fit the end of the text tower to the images as they now are: 2SFT's second stage, on the captions of `pairs`. Returns
+    (the encoder, whose text tower is changed in place, the log of `fit`).
+
+    choose_on: captioned images, whose text to image mAP chooses the weights to keep. chunk, shared_captions: of `Realignment`.
+    settings: go to `fit`. The defaults are MCIP's, but for shared_captions ("wrong" there) and `epochs`, which it does not
+    say. Raises ValueError for an encoder without a text tower.
+    """
+    if encoder.text_tower is None or encoder.model is None:
+        raise ValueError(
+            f"{encoder.name} has no text tower to realign; choose mini or an open_clip: encoder, without a head and with "
+            "protocol own"
+        )
+    if shared_captions not in SHARED:
+        raise ValueError(f"shared_captions is one of {', '.join(SHARED)}, not {shared_captions!r}")
+    features = gu.embed_images(encoder, pairs)  # takes files that cannot be read out of `pairs`
+    fixed = gu.embed_images(encoder, choose_on)
+    texts, relevant = gu.text_queries(choose_on)
+    data = CaptionPairs(features, pairs.captions, encoder.tokenizer)
+    if cut := int(gu.captions.is_cut(encoder.tokenizer, list(data.numbers)).sum()):
+        print(
+            f"{cut:,} of {len(data.numbers):,} captions of {pairs.name} are too long for {encoder.name} and lose their end"
+        )
+
+    def validate() -> float:
+        encoder.model.eval()
+        vectors = gu.embed_texts(encoder, texts, cache=False)
+        return 100 * gu.mean_average_precision(gu.rank_relevant(vectors, fixed, relevant)).mean
+
+    groups = text_parameters(encoder.model, rate, weight_decay, betas=(0.9, beta2), eps=eps)
+    settings |= {"epochs": epochs, "batch_size": min(batch_size, len(pairs)), "validate": validate}
+    return encoder, fit(Realignment(encoder.model, chunk, shared_captions), data, folder, groups, **settings)
 
 
 # --- the loop --------------------------------------------------------------------------------------------------------

@@ -300,6 +300,7 @@ def test_the_curves_are_shipped_and_follow_from_the_scores():
         "refinements",
         "finder",
         "room",
+        "models",
         "frontier",
         "overlap",
         "gallery",

@@ -269,7 +269,9 @@ def test_other_classes_are_an_open_question_in_which_images_search_each_other(tm
         assert (
             splits.validation[0] is splits.validation[1] and len(splits.validation[0]) == 6 and len(splits.train) == 24
         )
-        assert splits.text_test is splits.test[0] and splits.text_validation is splits.validation[0], "own captions ask"
+        asked = gu.text_queries(splits.text_test)
+        assert asked[0] == ["x", "y", "z"] and [len(rows) for rows in asked[1]] == [3, 3, 3], "names of classes ask"
+        assert splits.test[0].captions is None and len(splits.text_validation) == 6
         train, validation, test = splits.open_sets()
         named = [{images.names[label] for label in images.labels} for images in (train, validation, test)]
         assert not (named[0] & named[1] or named[0] & named[2])

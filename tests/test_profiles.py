@@ -56,12 +56,13 @@ def test_mini_holds_the_defaults_of_each_notebook(path):
 def test_a_profile_sets_only_what_its_notebooks_know_and_only_what_differs(name):
     for notebook, values in PROFILES[name]["notebooks"].items():
         parts = [(values, DEFAULTS[notebook])]
-        parts += [(value, DEFAULTS[notebook][key]) for key, value in values.items() if isinstance(value, dict)]
-        for listed, known in parts:
+        for listed, known in parts:  # which grows: a recipe holds mappings
             assert listed.keys() <= known.keys()
             assert [key for key in listed if listed[key] == known[key]] == []
             for key, value in listed.items():
                 assert isinstance(value, type(known[key])) or (key == "margin" and len(value) == 2), (notebook, key)
+                if isinstance(value, dict):
+                    parts.append((value, known[key]))
 
 
 def taken(notebook, profile="mini", **given):
@@ -69,13 +70,25 @@ def taken(notebook, profile="mini", **given):
 
 
 def test_a_profile_takes_the_place_of_defaults_and_of_nothing_else(capsys):
-    notebook = "04_realign_text_mcip"
+    notebook = "05_average_soups"
     expected = DEFAULTS[notebook] | PROFILES["gpu"]["notebooks"][notebook] | {"profile": "gpu"}
     assert taken(notebook, "gpu") == expected
-    assert "profile gpu sets train_images = 'cub'" in capsys.readouterr().out
+    assert "profile gpu sets " in capsys.readouterr().out
     mine = {"train_images": "photos", "margin": 0.2}
     assert taken(notebook, "gpu", **mine) == expected | mine
     assert taken(notebook) == DEFAULTS[notebook] | {"profile": "mini"}
+
+
+def test_a_recipe_of_several_parts_keeps_in_each_what_is_not_given(capsys):
+    notebook = "04_realign_text_mcip"
+    mini, gpu = DEFAULTS[notebook]["recipe"], PROFILES["gpu"]["notebooks"][notebook]["recipe"]
+    assert taken(notebook)["recipe"] == mini
+    found = taken(notebook, "gpu", recipe={"search": {"top": 5}, "images": {"rate": "2e-5"}})["recipe"]
+    assert found["search"] == mini["search"] | gpu["search"] | {"top": 5}
+    assert found["images"] == mini["images"] | gpu["images"] | {"rate": 2e-5}
+    assert found["realign"] == mini["realign"] | gpu["realign"]
+    said = capsys.readouterr().out
+    assert "'threshold': 0.27" in said and "'rate': 1e-05" not in said, "what was given is not the profile's"
 
 
 def test_a_recipe_keeps_the_settings_of_the_profile_that_are_not_given(capsys):
@@ -103,6 +116,13 @@ def test_the_papers_recipes_are_complete():
     stated = {"margin": [0.05, 0.5], "centers": 3, "scale": 30.0, "head": 512, "weight_decay": 1e-3, "epochs": 1.0}
     stated |= {"proxy_decay": 1e-5, "proxy_rate": 3e-4, "views": "autoaugment", "warmup": 1000.0, "flip": 0.0}
     assert guie["recipe"] | stated == guie["recipe"] and guie["recipe"]["layer_decay"] < 1
+    mcip = taken("04_realign_text_mcip", "paper")["recipe"]
+    assert (
+        mcip["realign"] | {"beta2": 0.98, "eps": 1e-6, "weight_decay": 0.2, "shared_captions": "wrong"}
+        == mcip["realign"]
+    )
+    assert mcip["captions"] == {"caption_weight": 0.25, "caption_scale": 30.0, "shared_captions": "wrong"}
+    assert mcip["search"]["threshold"] == 0.27 and mcip["search"]["top"] == 20
     assert guie["recipe"]["batch_size"] * guie["recipe"]["accumulate"] == 32 and "ViT-H-14" in guie["encoder"]
 
 
@@ -130,11 +150,8 @@ def test_a_name_without_a_file_only_names_results_and_says_so(capsys):
         ("05_average_soups", "checkpoints", ["a.pt", 7], ["a.pt", "7"]),
         ("05_average_soups", "checkpoints", "", []),
         ("05_average_soups", "checkpoints", "[]", []),
-        ("04_realign_text_mcip", "rate", "1e-4", 1e-4),  # YAML wants 1.0e-4
-        ("04_realign_text_mcip", "rate", 1, 1.0),
-        ("04_realign_text_mcip", "mirror_and_recolor", "false", False),  # papermill knows False only
-        ("04_realign_text_mcip", "mirror_and_recolor", "Yes", True),
-        ("04_realign_text_mcip", "mirror_and_recolor", 1, True),
+        ("05_average_soups", "rate", "1e-4", 1e-4),  # YAML wants 1.0e-4
+        ("05_average_soups", "rate", 1, 1.0),
         ("05_average_soups", "alpha", -1, -1.0),
         ("07_reproduce_papers", "protocol", "", ""),
     ],
@@ -161,16 +178,10 @@ def test_a_parameter_is_taken_as_what_its_default_is(notebook, name, given, valu
         ("05_average_soups", "method", "gredy", "method must be one of uniform, greedy, .*, not 'gredy'"),
         ("05_average_soups", "alpha", 1.5, "alpha is a share from 0 to 1, not 1.5"),
         ("05_average_soups", "dimensions", 0, "dimensions must be 1 or more"),
-        ("04_realign_text_mcip", "rate", "fast", "rate must be a number, not 'fast'"),
-        ("04_realign_text_mcip", "rate", float("nan"), "rate must be a number, not nan"),
-        ("04_realign_text_mcip", "rate", [0.1, 0.2], "rate must be a number, not"),
+        ("05_average_soups", "rate", "fast", "rate must be a number, not 'fast'"),
+        ("05_average_soups", "rate", float("nan"), "rate must be a number, not nan"),
+        ("05_average_soups", "rate", [0.1, 0.2], "rate must be a number, not"),
         ("05_average_soups", "flip", 1.5, "flip is a share from 0 to 1"),
-        (
-            "04_realign_text_mcip",
-            "mirror_and_recolor",
-            "maybe",
-            "mirror_and_recolor must be True or False, not 'maybe'",
-        ),
         ("03_finetune_arcmargin", "recipe", "fast", "recipe must be a mapping such as {margin: 0.1}, not 'fast'"),
         ("03_finetune_arcmargin", "recipe", {"marginn": 0.1}, "recipe knows no marginn; it has epochs, batch_size, "),
         ("03_finetune_arcmargin", "recipe", {"rate": "fast"}, "recipe.rate must be a number, not 'fast'"),
@@ -180,7 +191,27 @@ def test_a_parameter_is_taken_as_what_its_default_is(notebook, name, given, valu
         ("03_finetune_arcmargin", "recipe", {"balanced": "maybe"}, "recipe.balanced must be True or False"),
         ("03_finetune_arcmargin", "recipe", {"views": "cropped"}, "recipe.views must be one of crop, autoaugment"),
         ("03_finetune_arcmargin", "train", "none", "train must be one of one, all, not 'none'"),
-        ("04_realign_text_mcip", "train", "noen", "train must be one of one, all, none, not 'noen'"),
+        ("04_realign_text_mcip", "train", "noen", "train must be one of one, all, not 'noen'"),
+        (
+            "04_realign_text_mcip",
+            "recipe",
+            {"images": {"rate": "fast"}},
+            "recipe.images.rate must be a number, not 'fast'",
+        ),
+        (
+            "04_realign_text_mcip",
+            "recipe",
+            {"images": {"start": "zero"}},
+            "recipe.images.start must be one of means, xavier",
+        ),
+        (
+            "04_realign_text_mcip",
+            "recipe",
+            {"captions": {"shared_captions": "x"}},
+            "shared_captions must be one of right, wrong",
+        ),
+        ("04_realign_text_mcip", "recipe", {"search": {"top": 0}}, "recipe.search.top must be 1 or more"),
+        ("04_realign_text_mcip", "recipe", {"realign": 3}, "recipe.realign must be a mapping such as"),
         ("07_reproduce_papers", "table", "gpns", "table must be one of mini, gpnns, mcip"),
     ],
 )
@@ -386,11 +417,11 @@ SMALLER = {
     "02_benchmark_encoders": {"dimensions": 8},
     "03_finetune_arcmargin": {"recipe": {"batch_size": 16, "epochs": 1.0}},
     "04_realign_text_mcip": {
-        "batch_size": 16,
-        "epochs": 1.0,
-        "realign_epochs": 1.0,
-        "realign_batch": 16,
-        "text_chunk": 64,
+        "recipe": {
+            "images": {"batch_size": 16, "epochs": 1.0},
+            "search": {"threshold": -1.0},
+            "realign": {"batch_size": 16, "epochs": 1.0, "chunk": 64},
+        }
     },
     "05_average_soups": {"batch_size": 8, "epochs": 1.5, "dimensions": 8},
     "06_normalize_neighbors_nnn": {"depth": 3},
@@ -463,6 +494,37 @@ def test_what_the_readme_says_about_fine_tuning_runs_in_small_as_it_is_written(s
         about = json.loads((course / "runs" / profile / "03_arcmargin.json").read_text())
         recipe = taken("03_finetune_arcmargin", profile)["recipe"]
         assert about | recipe | smaller == about, "the profile's recipe"
+
+
+@pytest.mark.slow
+@pytest.mark.notebook
+def test_what_the_readme_says_about_keeping_text_runs_in_small_as_it_is_written(small_course, tmp_path):
+    """Own images, bank and captions after notebook 03 under the same profile; the paper's profile, which trains both."""
+    course, papermill = small_course
+    shutil.copytree(course / "datasets" / "cub" / "CUB_200_2011" / "images", mine := tmp_path / "mine")
+    names = [folder.name for folder in sorted(mine.iterdir())]
+    (tmp_path / "captions.txt").write_text("\n".join(f"a picture of the bird {name}" for name in names))
+    (mine / "captions.json").write_text(json.dumps({name: [f"the bird {name}"] for name in names}))
+    own, paper = (options for notebook, options in COMMANDS if notebook == "04_realign_text_mcip")
+    own = own.replace("path/to/captions.txt", str(tmp_path / "captions.txt"))
+    small = SMALLER["04_realign_text_mcip"]
+    first = shlex.split(re.sub(r"path/to/\w+/folder", str(mine), dict(COMMANDS[::-1])["03_finetune_arcmargin"]))
+    papermill("03_finetune_arcmargin", *first, "-y", json.dumps({"recipe": {"batch_size": 8, "epochs": 1.0}}))
+    for options, more in ((own, {}), (paper, {"bank": "coco:validation", "pair_images": "coco:validation"})):
+        options = shlex.split(re.sub(r"path/to/\w+/folder", str(mine), options))
+        cells = papermill("04_realign_text_mcip", *options, "-y", json.dumps(small | more))
+        said = str([output for cell in cells for output in cell.get("outputs", [])])
+        trained = "a fine-tuning on images alone, done now"
+        assert ("what notebook 03 left in runs/photos" if "photos" in options else trained) in said
+    for name in ("photos", "paper"):
+        for checkpoint in ("04_2sft", "04_mcip_realigned"):
+            about = json.loads((course / "runs" / name / f"{checkpoint}.json").read_text())
+            assert about["search"]["threshold"] == -1.0 and about["realign"]["beta2"] == 0.98
+    checkpoint = course / "runs" / "photos" / "04_2sft.safetensors"
+    start = f"open_clip:ViT-B-16/openai@{checkpoint}"  # a checkpoint of one's own is a start like any other
+    mine_too = shlex.split(re.sub(r"path/to/\w+/folder", str(mine), own).replace("open_clip:ViT-B-16/openai", start))
+    cells = papermill("04_realign_text_mcip", *mine_too, "-y", json.dumps(small))
+    assert "done now" in str([output for cell in cells for output in cell.get("outputs", [])])
 
 
 def test_the_small_course_differs_from_the_real_one_only_in_what_is_downloaded(tmp_path):

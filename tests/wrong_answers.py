@@ -48,14 +48,18 @@ WRONG = {
         ],
     },
     "04_realign_text_mcip": {
-        1: ["five_percent = threshold", "five_percent = 0.05", "five_percent = np.quantile(found['scores'], 0.05)"],
+        1: [
+            "five_percent = recipe['search']['threshold']",
+            "five_percent = 0.05",
+            "five_percent = np.quantile(scores, 0.05)",
+        ],
         2: ["def loss_of_ignorance(n):\n    return 1 / n", "def loss_of_ignorance(n):\n    return torch.tensor(n)"],
         3: [
             "def own_cosine(texts, images, relevant):\n    return (texts @ images.T).mean()",
             "def own_cosine(texts, images, relevant):\n"
             "    return np.concatenate([images[r] @ t for t, r in zip(texts, relevant)]).mean()",
         ],
-        4: ["worth_keeping = ['base']", "worth_keeping = list(steps)", "worth_keeping = 'mcip'"],
+        4: ["worth_keeping = ['image-only']", "worth_keeping = list(places)", "worth_keeping = 'MCIP'"],
     },
     "05_average_soups": {
         1: [
