@@ -640,7 +640,11 @@ def taken_home(
     """
     mine, shipped = run.folder / "03_arcmargin.safetensors", gu.DATA / "mini_tuned" / "arcmargin.safetensors"
     about = gu.datasets.read_json(mine.with_suffix(".json")) if mine.with_suffix(".json").exists() else {}
-    if mine.exists() and about.get("tuned_from") == encoder and not (about["head"] or about["before_projection"]):
+    if (
+        mine.exists()
+        and about.get("tuned_from") == encoder
+        and not (about.get("head") or about.get("before_projection"))
+    ):
         return gu.load_encoder(f"{about['encoder']}@{mine}"), f"what notebook 03 left in runs/{run.profile}"
     if encoder == "mini" and images.name == "mini train":
         return gu.load_encoder(f"mini@{shipped}"), "the copy of notebook 03's encoder that comes with the course"
