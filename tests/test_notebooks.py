@@ -179,7 +179,7 @@ def test_links_between_notebooks_lead_somewhere():
 
 # Parameters of the tests that run every notebook; the training that is the default runs once, below.
 QUICK = {
-    "03_finetune_arcmargin": {"recipe": {"epochs": 0.1}},
+    "03_finetune_arcmargin": {"recipe": {"epochs": 1.0, "batch_size": 16}, "train_images": "SMALL WORLD"},
     "04_realign_text_mcip": {"recipe": {"images": {"epochs": 0.1}, "realign": {"epochs": 0.2}}},
     "05_average_soups": {"epochs": 1.0, "batch_size": 16, "train_images": "SMALL WORLD"},
     "06_normalize_neighbors_nnn": {"encoders": "mini", "reference_images": 300},
