@@ -120,10 +120,10 @@ def render(copy: Path, source: Path) -> None:
 
 
 def smaller(png: str) -> str:
-    """The same figure with a palette of 64 colors, which is plenty for curves and text: a third of the size."""
+    """The same figure with a palette of 48 colors, which is plenty for curves and text: a third of the size."""
     buffer = io.BytesIO()
     picture = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
-    picture.quantize(64).save(buffer, format="png", optimize=True)
+    picture.quantize(48).save(buffer, format="png", optimize=True)
     return base64.b64encode(buffer.getvalue()).decode()
 
 

@@ -100,6 +100,19 @@ def small_world(tmp_path):
 
 
 @pytest.fixture
+def told_world(small_world):
+    """The same folder with captions for each class, and a bank of captions beside it, a text file."""
+    images, captions = gu.load_images("mini", "train"), {}
+    for row in [int(path.stem) for path in sorted(small_world.rglob("*.png"))]:
+        captions.setdefault(images.names[images.labels[row]], images.captions[row][:2])
+    (small_world / "captions.json").write_text(json.dumps(captions))
+    (bank := small_world.with_name("bank.txt")).write_text(
+        "\n".join(sorted({text for row in images.captions[::40] for text in row}))
+    )
+    return small_world, bank
+
+
+@pytest.fixture
 def results(request):
     """A profile of its own for a test; its folder of results is removed afterwards."""
     profile = f"test-{hashlib.blake2b(request.node.nodeid.encode(), digest_size=6).hexdigest()}"

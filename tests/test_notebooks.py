@@ -180,7 +180,16 @@ def test_links_between_notebooks_lead_somewhere():
 # Parameters of the tests that run every notebook; the training that is the default runs once, below.
 QUICK = {
     "03_finetune_arcmargin": {"recipe": {"epochs": 1.0, "batch_size": 16}, "train_images": "SMALL WORLD"},
-    "04_realign_text_mcip": {"recipe": {"images": {"epochs": 0.1}, "realign": {"epochs": 0.2}}},
+    "04_realign_text_mcip": {
+        "recipe": {
+            "images": {"epochs": 1.0, "batch_size": 16},
+            "search": {"threshold": -1.0},
+            "realign": {"epochs": 1.0, "batch_size": 16},
+        },
+        "train_images": "SMALL WORLD",
+        "pair_images": "SMALL WORLD",
+        "bank": "BANK",
+    },
     "05_average_soups": {"epochs": 1.0, "batch_size": 16, "train_images": "SMALL WORLD"},
     "06_normalize_neighbors_nnn": {"encoders": "mini", "reference_images": 300},
 }
@@ -213,12 +222,14 @@ def said_by_checks(notebook):
 @pytest.mark.notebook
 @pytest.mark.parametrize("path", PATHS, ids=ids)
 def test_a_notebook_runs_its_checks_tell_right_from_wrong_and_its_results_are_tidy(
-    path, tmp_path, results, small_world
+    request, path, tmp_path, results, small_world
 ):
     """From any folder of the course: it finds its module by itself."""
     profile, folder = results
-    parameters = {"profile": profile} | QUICK.get(path.stem, {})
-    parameters = {key: str(small_world) if value == "SMALL WORLD" else value for key, value in parameters.items()}
+    places, parameters = {"SMALL WORLD": str(small_world)}, {"profile": profile} | QUICK.get(path.stem, {})
+    if "bank" in parameters:
+        places["BANK"] = str(request.getfixturevalue("told_world")[1])
+    parameters = {key: places.get(str(value), value) for key, value in parameters.items()}
     cwd = (gu.HERE, FOLDER, FOLDER / "solutions")[PATHS.index(path) % 3]
     notebook = execute(with_wrong_answers(path, tmp_path / path.name), tmp_path / "out.ipynb", parameters, cwd)
     said = said_by_checks(notebook)
@@ -478,7 +489,7 @@ def test_what_cannot_work_is_refused_with_a_remedy(
         quick = {"images": {"batch_size": 16, "epochs": 0.5}, "realign": {"batch_size": 16, "epochs": 0.5}}
         change = change | {"recipe": quick | change.get("recipe", {})}
     mine |= {"05": {"batch_size": 16}, "06": {"encoders": "mini"}}.get(notebook, {})
-    mine |= {key: places.get(value, value) for key, value in change.items()}
+    mine |= {key: places.get(str(value), value) for key, value in change.items()}
     with pytest.raises((ValueError, OSError), match=message):
         run_here(notebook, mine)
 
