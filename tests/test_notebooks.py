@@ -319,14 +319,14 @@ def test_text_lost_by_images_alone_is_won_back_by_realignment_and_less_is_lost_w
 
     images, texts = "image_to_image", "text_to_image"
     assert gain("arcmargin", images) > 20 and gain("arcmargin", texts) < -2
-    assert gain("2sft", images, over="arcmargin") == 0 and gain("2sft", texts, over="arcmargin") > 2
+    assert gain("2sft", images, over="arcmargin") == 0 and gain("2sft", texts, over="arcmargin") > 1
     assert gain("base, realigned", images) == 0 and gain("base, realigned", texts) > 1, "new pairs alone"
     assert gain("MCIP", images) > 20 and gain("MCIP", texts, over="arcmargin") > 0
     assert gain("mcip_realigned", texts, over="MCIP") > 1
     for training, count in (("04_training", 1), ("04_realign", 3)):
         logs = [path.read_text().splitlines() for path in out.glob(f"{training}/*/log.jsonl")]
         assert len(logs) == count, "this run trained"
-        assert all(sum("validation" in line for line in log) >= 3 for log in logs)
+        assert all(sum("validation" in line for line in log) >= 2 for log in logs)
     shipped = {"2sft": gu.load_encoder("mini@" + str(gu.DATA / "mini_tuned" / "2sft.safetensors"))}
     shipped["mcip_realigned"] = gu.load_encoder("mini@" + str(gu.DATA / "mini_tuned" / "mcip_realigned.safetensors"))
     test = gu.load_images("mini", "test")
