@@ -73,8 +73,8 @@ def show_places(
 
 
 def show_captions(images: gu.ImageSet, rows: Sequence[int], captions: Sequence[Sequence[str]]) -> None:
-    """Images and captions beside them, word by word: green and upright where the image's own captions have the word too, red
-    and in italics where not, black where nothing is known of the image. Words that every caption has are gray."""
+    """Images and captions beside them, word by word: green and upright where the image's own captions have the word too,
+    orange and in italics where not, black where nothing is known of the image. Words that every caption has are gray."""
     figure, axes = plt.subplots(len(rows), 1, figsize=(7.4, 1.35 * len(rows)), layout="none")
     for axis, row, texts in zip(np.atleast_1d(axes), rows, captions, strict=True):
         axis.imshow(np.asarray(images[row]), extent=(0, 1.2, 0, 1.2))

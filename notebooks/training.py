@@ -306,7 +306,8 @@ def multi_caption_loss(
 
     A softmax over all captions of the batch, the own ones made harder by a margin, against equal shares for them; plus a
     tenth of the largest -log share of a caption, each times what its target lacks to 1: mostly that of the farthest caption
-    of another image, which is thereby pulled back a little. An image without captions has this last term alone. Source: 2409.01936, MCArcMargin.
+    of another image, which is thereby pulled back a little. An image without captions has this last term alone. Source:
+    2409.01936, MCArcMargin.
     """
     with torch.autocast(embeddings.device.type, enabled=False):
         if own.shape[1] == 0:
