@@ -67,6 +67,7 @@ ELSEWHERE = {
     "captions": (),
     "encoders": ("Encoder", "add_head", "save_checkpoint"),
     "checkpoints": ("load_checkpoint",),
+    "soups": (),
     "parameters": ("take_parameters",),
     "training": (),
     "claims_table": (),
@@ -277,7 +278,7 @@ def load_encoder(spec: str, device: torch.device | str | None = None) -> Encoder
 SHARD = 1024  # images per cache file: what a killed run can lose
 
 
-def embed_images(encoder: Encoder, images: ImageSet, batch_size: int = 128, cache: bool = True) -> Array:
+def embed_images(encoder: Encoder, images: ImageSet, batch_size: int = 64, cache: bool = True) -> Array:
     """Embed a set of images: float32 (n, d), unit rows; row i belongs to image i.
 
     Files are decoded in worker processes. Finished shards are kept in the cache folder under a key made of the
@@ -325,7 +326,7 @@ def embed_images(encoder: Encoder, images: ImageSet, batch_size: int = 128, cach
     return embeddings
 
 
-def embed_texts(encoder: Encoder, texts: Sequence[str], batch_size: int = 256, cache: bool = True) -> Array:
+def embed_texts(encoder: Encoder, texts: Sequence[str], batch_size: int = 128, cache: bool = True) -> Array:
     """Embed texts into the encoder's joint space: float32 (n, d), unit rows; cached like images.
 
     Raises ValueError for an encoder without a text tower.

@@ -42,6 +42,22 @@ def load_captions(source: str | Path, splits: gu.datasets.Splits) -> list[str]:
     return captions
 
 
+def names_of_things(images: gu.ImageSet) -> list[str]:
+    """Short texts that name things like those in the images, written without a look at any of them: the names of the classes,
+    for the drawn world the captions of its bank."""
+    if images.name.startswith("mini "):
+        return sorted({text for listed in gu.load_images("mini", "bank").captions for text in listed})
+    return sorted({images.names[label] for label in np.unique(images.labels)})
+
+
+def embed_names(encoder: gu.Encoder, names: Sequence[str], instead: np.ndarray) -> np.ndarray:
+    """The embeddings of names, (n, d); `instead`, said in a line, for an encoder without a text tower."""
+    if encoder.text_tower is None:
+        print(f"{encoder.name} has no text tower: its directions are those of images here too")
+        return instead
+    return gu.embed_texts(encoder, names)
+
+
 def check_same_world(source: str | Path, splits: gu.datasets.Splits, name: str) -> None:
     """ValueError when captions of the drawn world are to say something about images of another."""
     if str(source) == "mini" and not splits.train.name.startswith("mini "):

@@ -29,9 +29,12 @@ from gpnns_utils.measure_claims import (  # noqa: E402
     OVERLAPS,
     RATES,
     SEEDS,
+    SHARES,
     SIZES,
+    START_PASSES,
     TEXT_STAYS,
     WITHIN,
+    between,
     drop,
     found_by,
     frontier,
@@ -40,9 +43,11 @@ from gpnns_utils.measure_claims import (  # noqa: E402
     ladder,
     ladder_options,
     neighbor_normalization,
+    relatives,
     results_in,
     results_of,
     save_results,
+    sets_of_ingredients,
     soups,
     text_models,
     text_options,
@@ -404,6 +409,58 @@ def curve_of_room() -> list[dict]:
     return sorted(lines, key=lambda point: (point["line"], point["x"]))
 
 
+def curve_of_soups() -> list[dict]:
+    """What four ingredients, what is made of them, and one run of equal compute gain over their start (y, mAP points), by the
+    passes that the start had (x): three seeds after the fewest, one after more."""
+    classes, lines = test_classes(), []
+    for passes in START_PASSES:
+        found = soups(passes, SEEDS if passes == START_PASSES[0] else SEEDS[:1])
+        start = points(found["start"], "image")
+        image = {f"{name} of the four": points(found["soup"], name) for name in ("uniform", "greedy", "ensemble")}
+        image |= {"best of the four": points(found["single"], "image"), "equal compute": points(found["long"], "image")}
+        image |= {f"ingredient {i}": points(many, "image") for i, many in enumerate(found["ingredients"])}
+        for name, values in image.items():
+            label = f"start {start.mean():.1f} mAP, seeds {len(values)}"
+            lines.append(point("soups", name, label, passes, difference(values, start, classes)))
+    return lines
+
+
+def curve_of_relatives() -> list[dict]:
+    """What averages of four ingredients, and one along a single run, gain over one of the four, the second, in image search,
+    mAP, and in text search, R@5 (x: 0 and 1); three seeds."""
+    found, lines = relatives(), []
+    control = found.pop("one run")
+    for name, results in found.items():
+        for x, (task, classes) in enumerate((("image", test_classes()), ("text R@5", None))):
+            lines.append(
+                point("relatives", name, task, x, difference(points(results, task), points(control, task), classes))
+            )
+    return lines
+
+
+def curve_of_ingredients() -> list[dict]:
+    """What averaging adds to the mean of the ingredients (y, mAP points) by how far the best of them, as validation sees it,
+    lies above that mean (x)."""
+    lines = []
+    for kind, sets in sets_of_ingredients().items():
+        for singles, soup in sets:
+            image = points(singles, "image")
+            alone = image[int(np.argmax([single["validation"][0] for single in singles]))].mean() - image.mean()
+            y = difference(points([soup], "uniform"), image.mean(axis=0, keepdims=True), test_classes())
+            lines.append(point("ingredients", kind, f"greedy takes {len(soup['greedy takes'])}", alone, y))
+    return lines
+
+
+def curve_of_lines_between() -> list[dict]:
+    """mAP (y; its interval holds all three seeds) along the straight line between two models, by the share of the second (x)."""
+    lines = []
+    for line, results in between().items():
+        each = 100 * np.array([result["image"].astype(float).mean(axis=1) for result in results])
+        for share, values in zip(SHARES, each.T, strict=True):
+            lines.append(point("between", line, "", share, (values.mean(), values.min(), values.max())))
+    return lines
+
+
 def curves_of_neighbors() -> list[dict]:
     """NNN's gain (y, R@1) by the share of its references that are the queries themselves, and by the size of the gallery,
     there beside hubness; three bases."""
@@ -442,6 +499,10 @@ CURVES = {
     "room": curve_of_room,
     "models": curve_of_models,
     "frontier": curve_of_frontier,
+    "soups": curve_of_soups,
+    "relatives": curve_of_relatives,
+    "ingredients": curve_of_ingredients,
+    "between": curve_of_lines_between,
     "neighbors": curves_of_neighbors,  # overlap and gallery
 }
 

@@ -183,13 +183,21 @@ def train_images(
 
 
 @alone
-def tuned(base: str, way: str, rate: float, images: str = "train", finder: str = "", weight: float = 0.0) -> gu.Encoder:
+def tuned(
+    base: str,
+    way: str,
+    rate: float,
+    images: str = "train",
+    finder: str = "",
+    weight: float = 0.0,
+    passes: float = EPOCHS,
+) -> gu.Encoder:
     """A base whose image tower is fine-tuned; done at once when it was done before. With a finder: MCIP."""
     seed, copy, captions = seed_of(base), open_base(base), None
     if finder:
         rows, texts = captions_for(finder)
         captions = rows, texts, gu.embed_texts(copy, texts)
-    epochs = EPOCHS * len(images_of("train")) / len(images_of(images))
+    epochs = passes * len(images_of("train")) / len(images_of(images))
     loss = functools.partial(loss_of, way)
     train_images(copy, images_of(images), rate, seed, epochs, loss, captions, caption_weight=weight)
     return copy
@@ -215,23 +223,35 @@ VARIETY = (  # of the ingredients of a soup: their rate beside the common one, m
 
 
 @alone
-def continued(base: str, start_rate: float, rate: float, number: int) -> gu.Encoder:
-    """ArcMargin's model, trained on: ingredient 0 to 3 of a soup, one pass over three quarters of the classes; or, for
-    number 4, one run on all classes with as many steps as the four together."""
-    seed, copy, photos = seed_of(base), tuned(base, "arcmargin", start_rate, "train"), images_of("train")
+def continued(
+    base: str, start_rate: float, rate: float, number: int, passes: float = EPOCHS, ema: float = 0.0
+) -> gu.Encoder:
+    """ArcMargin's model after `passes`, trained on: ingredient 0 to 3 of a soup, one pass over three quarters of the classes;
+    or, for number 4, one run on all classes with as many steps as the four together. ema: decay of an average of the
+    weights along the run, 0 for none."""
+    seed, photos = seed_of(base), images_of("train")
+    copy = tuned(base, "arcmargin", start_rate, "train", passes=passes)
     if number == len(VARIETY):
         train_images(copy, photos, rate, seed + number, 3.0)
         return copy
     factor, margin, dropped = VARIETY[number]
     classes = np.random.default_rng([seed, number]).permutation(np.unique(photos.labels))
     part = photos.subset(np.isin(photos.labels, classes[: round(0.75 * len(classes))]))
-    train_images(copy, part, factor * rate, seed + number, 1.0, margin=margin, patch_dropout=dropped)
+    train_images(copy, part, factor * rate, seed + number, 1.0, margin=margin, patch_dropout=dropped, ema=ema)
     return copy
 
 
-def average(states: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """The mean of state dicts, tensor by tensor."""
-    return {key: torch.stack([state[key] for state in states]).mean(dim=0) for key in states[0]}
+UNEQUAL = (5e-5, 2e-4, 6e-4)  # rates so far apart that the models learn very different amounts
+
+
+@alone
+def unequal(base: str, number: int) -> gu.Encoder:
+    """A base after one pass over three quarters of the classes, at one of the rates of `UNEQUAL`."""
+    seed, copy, photos = seed_of(base), open_base(base), images_of("train")
+    classes = np.random.default_rng([seed, number]).permutation(np.unique(photos.labels))
+    part = photos.subset(np.isin(photos.labels, classes[: round(0.75 * len(classes))]))
+    train_images(copy, part, UNEQUAL[number], seed + number, 1.0)
+    return copy
 
 
 # --- what is measured ------------------------------------------------------------------------------------------------
@@ -286,18 +306,33 @@ def part_captions(finder: str) -> dict:
     return {"true words": np.array(share_of_true_words(finder))}
 
 
-def part_continued(base: str, start_rate: float, rate: float, number: int) -> dict:
-    return measured(continued(base, start_rate, rate, number))
+def part_continued(base: str, start_rate: float, rate: float, number: int, **options) -> dict:
+    return measured(continued(base, start_rate, rate, number, **options))
 
 
-def part_soup(base: str, start_rate: float, rate: float) -> dict:
-    """Four ingredients, put together: the uniform and the greedy soup, and the ensemble, whose embeddings are averaged."""
-    models = [continued(base, start_rate, rate, number) for number in range(len(VARIETY))]
-    states = [{key: value.clone() for key, value in model.model.state_dict().items()} for model in models]
+def part_unequal(base: str, number: int) -> dict:
+    return measured(unequal(base, number))
+
+
+def part_unequal_soup(base: str) -> dict:
+    return cooked([unequal(base, number) for number in range(len(UNEQUAL))])
+
+
+def part_soup(base: str, start_rate: float, rate: float, **options) -> dict:
+    return cooked([continued(base, start_rate, rate, number, **options) for number in range(len(VARIETY))])
+
+
+def states_of(models: list[gu.Encoder]) -> list[dict[str, torch.Tensor]]:
+    return [{key: value.clone() for key, value in model.model.state_dict().items()} for model in models]
+
+
+def cooked(models: list[gu.Encoder]) -> dict:
+    """Ingredients, put together: the uniform and the greedy soup, and the ensemble, whose embeddings are averaged."""
+    states = states_of(models)
     test, soup = [gu.embed_images(model, images_of("test")) for model in models], models[0]
 
     def mixed(chosen: list[int]) -> gu.Encoder:
-        soup.model.load_state_dict(average([states[i] for i in chosen]))
+        soup.model.load_state_dict(gu.soups.average([states[i] for i in chosen]))
         return soup
 
     def score(chosen: list[int]) -> float:
@@ -313,6 +348,42 @@ def part_soup(base: str, start_rate: float, rate: float) -> dict:
     for name, listed in (("greedy", chosen), ("uniform", order)):
         found[name] = average_precision(gu.embed_images(mixed(listed), images_of("test")))
     return found | {"ensemble": average_precision(np.mean(test, axis=0))}
+
+
+RULES = {  # from the state of the base, of the start and of the ingredients
+    "uniform soup": lambda _, __, states: gu.soups.average(states),
+    "WiSE-FT": lambda base, _, states: gu.soups.average([base, gu.soups.average(states)], [0.5, 0.5]),
+    "LiNeS": lambda base, _, states: gu.soups.lines(base, gu.soups.average(states), 0.5),
+    "Model Stock": lambda _, start, states: gu.soups.model_stock(states, start),
+}
+
+
+def part_relative(base: str, start_rate: float, rate: float, rule: str) -> dict:
+    """What one of `RULES` makes of four ingredients."""
+    models = [continued(base, start_rate, rate, number) for number in range(len(VARIETY))]
+    before, start, *states = states_of([open_base(base), tuned(base, "arcmargin", start_rate, "train"), *models])
+    models[0].model.load_state_dict(RULES[rule](before, start, states))
+    return measured(models[0])
+
+
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+def part_between(base: str, start_rate: float, other: str = "", rate: float = 0.0) -> dict:
+    """On the straight line between the weights of two models: one line of average precisions per share of the second.
+
+    other: the second is fine-tuned from this base, the first from `base`. Without it both have one start: they are the
+    first two ingredients of a soup.
+    """
+    if other:
+        first, second = (tuned(start, "arcmargin", start_rate, "train") for start in (base, other))
+    else:
+        first, second = (continued(base, start_rate, rate, number) for number in (0, 1))
+    (a, b), lines = states_of([first, second]), []
+    for share in SHARES:
+        first.model.load_state_dict(gu.soups.average([a, b], [1 - share, share]))
+        lines.append(average_precision(gu.embed_images(first, images_of("test"), cache=False)))
+    return {"image": np.array(lines)}
 
 
 DIRECTIONS = ("text", "caption")  # what asks: texts for images, or images for captions
@@ -412,7 +483,7 @@ def name_of(part: str, options: dict) -> str:
 
 
 def bases_in(options: dict) -> set[str]:
-    return {options.get("base"), options.get("finder")} & set(BASES)
+    return {options.get("base"), options.get("finder"), options.get("other")} & set(BASES)
 
 
 @functools.cache
@@ -442,6 +513,10 @@ def made_with(part: str, options: dict) -> str:
         "realigned": [*training_settings, REALIGNING],
         "continued": [*training_settings, VARIETY],
         "soup": [*training_settings, VARIETY],
+        "unequal": [*training_settings, UNEQUAL],
+        "unequal_soup": [*training_settings, UNEQUAL],
+        "relative": [*training_settings, VARIETY, list(RULES)],
+        "between": [*training_settings, VARIETY, SHARES],
         "captions": [FOUND],
         "nnn": [KS, ALPHAS],
         "overlap": [OVERLAPS],
@@ -637,28 +712,78 @@ def frontier_of_2sft() -> list[tuple[str, dict]]:
     return list(zip(labels, results_of("realigned", many), strict=True))
 
 
-SOUP_RATES = (2.5e-4, 5e-4, 1e-3)
+SOUP_RATES, START_PASSES = (2.5e-4, 5e-4, 1e-3), (EPOCHS, 9.0, 27.0)
 
 
-def soups() -> dict[str, list[dict]]:
-    """{what: its results, one per seed}: the soups, the best single ingredient at the rate that suits single ones, and one
-    run as long as the four together."""
-    start = {"base": "0", "start_rate": ladder_options()["arcmargin"]["rate"]}
-    numbers = range(len(VARIETY) + 1)
+def soup_start(passes: float = EPOCHS, base: str = "0") -> dict:
+    """Where ingredients start from: ArcMargin's model of the ladder, or the same after more passes."""
+    start = {"base": base, "start_rate": ladder_options()["arcmargin"]["rate"]}
+    return start if passes == EPOCHS else start | {"passes": passes}
+
+
+def soups(passes: float = EPOCHS, seeds: tuple[int, ...] = SEEDS) -> dict[str, list]:
+    """{what: its results, one per seed}: the start, the soups, the ingredients at the rate that suits single ones and the best
+    of them, and one run as long as the four together."""
+    start, numbers, long = soup_start(passes), range(len(VARIETY) + 1), len(VARIETY)
     results_of("continued", [start | {"rate": r, "number": i} for r in SOUP_RATES for i in numbers])
-    long = len(VARIETY)
     chosen = {
         "soup": best("soup", [start | {"rate": rate} for rate in SOUP_RATES], images_alone),
         "single": best("continued", [start | {"rate": r, "number": i} for r in SOUP_RATES for i in range(long)], images_alone),
         "long": best("continued", [start | {"rate": r, "number": long} for r in SOUP_RATES], images_alone),
     }  # fmt: skip
-    singles = [at_seeds(chosen["single"] | {"number": i}) for i in range(long)]
+    of_seeds = {name: [on(str(seed), options) for seed in seeds] for name, options in chosen.items()}
+    singles = [[options | {"number": i} for options in of_seeds["single"]] for i in range(long)]
     results_of("continued", [options for many in singles for options in many])
-    of_each_seed = zip(*(results_of("continued", many) for many in singles), strict=True)
+    ingredients = [results_of("continued", many) for many in singles]
+    plain = {key: value for key, value in start.items() if key == "passes"} | {
+        "rate": start["start_rate"],
+        "images": "train",
+    }
     return {
-        "soup": results_of("soup", at_seeds(chosen["soup"])),
-        "single": [max(many, key=lambda result: result["validation"][0]) for many in of_each_seed],
-        "long": results_of("continued", at_seeds(chosen["long"])),
+        "start": results_of("tuned", [{"base": str(seed), "way": "arcmargin"} | plain for seed in seeds]),
+        "soup": results_of("soup", of_seeds["soup"]),
+        "ingredients": ingredients,
+        "single": [max(many, key=lambda one: one["validation"][0]) for many in zip(*ingredients, strict=True)],
+        "long": results_of("continued", of_seeds["long"]),
+    }
+
+
+EMAS = (0.8, 0.9, 0.97)
+
+
+def relatives() -> dict[str, list[dict]]:
+    """{rule: its results, one per seed}, of the ingredients that the soup has, and those of the second ingredient, trained
+    without and with an average along its run, whose decay is chosen on validation."""
+    soup = best("soup", [soup_start() | {"rate": rate} for rate in SOUP_RATES], images_alone)
+    found = {rule: results_of("relative", at_seeds(soup | {"rule": rule})) for rule in RULES}
+    alone = soup | {"number": 1}
+    decay = best("continued", [alone | {"ema": decay} for decay in EMAS], images_alone)["ema"]
+    found["one run"] = results_of("continued", at_seeds(alone))
+    return found | {"one run, averaged": results_of("continued", at_seeds(alone | {"ema": decay}))}
+
+
+def sets_of_ingredients() -> dict[str, list[tuple[list[dict], dict]]]:
+    """{kind: sets of ingredients as (each one's result, their soup's)}: near equals, at every rate with seed 0, and models
+    that learned very different amounts, on the base of every seed."""
+    start, found = soup_start(), {"equal": [], "unequal": []}
+    for rate in SOUP_RATES:
+        many = [start | {"rate": rate, "number": number} for number in range(len(VARIETY))]
+        found["equal"].append((results_of("continued", many), results_of("soup", [start | {"rate": rate}])[0]))
+    results_of("unequal", [{"base": str(seed), "number": i} for seed in SEEDS for i in range(len(UNEQUAL))])
+    cooked_of = results_of("unequal_soup", [{"base": str(seed)} for seed in SEEDS])
+    for seed, soup in zip(SEEDS, cooked_of, strict=True):
+        singles = results_of("unequal", [{"base": str(seed), "number": i} for i in range(len(UNEQUAL))])
+        found["unequal"].append((singles, soup))
+    return found
+
+
+def between() -> dict[str, list[dict]]:
+    """{start: results along the line between two models}: two ingredients of a soup, and two models from different bases."""
+    rate = best("soup", [soup_start() | {"rate": rate} for rate in SOUP_RATES], images_alone)["rate"]
+    strangers = zip(SEEDS, (*SEEDS[1:], SEEDS[0]), strict=True)
+    return {
+        "the same start": results_of("between", [soup_start(base=str(seed)) | {"rate": rate} for seed in SEEDS]),
+        "different starts": results_of("between", [soup_start(base=str(a)) | {"other": str(b)} for a, b in strangers]),
     }
 
 

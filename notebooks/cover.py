@@ -44,7 +44,7 @@ def show_before_and_after(
 
 
 def show_places(
-    places: dict[str, tuple[gu.Score, gu.Score]],
+    places: dict[str, tuple[gu.Score, gu.Score | None]],
     arrows: Sequence[tuple[str, str]] = (),
     classes: np.ndarray | None = None,
     left: Collection[str] = (),
@@ -52,15 +52,14 @@ def show_places(
     """Models as points: image to image mAP to the right, text to image R@5 upwards, with 95 % intervals as thin lines.
 
     arrows: (from, to), names of models. classes: of the image queries, which are then drawn class by class. left: models
-    whose name stands on the left of their point.
+    whose name stands on the left of their point. Models without a text tower, whose second score is None, lie on one line.
     """
     figure, axis = plt.subplots(figsize=(6.4, 4))
-    points = {name: [100 * score.mean for score in scores] for name, scores in places.items()}
-    for color, (name, scores) in zip(gu.PALETTE, places.items(), strict=False):
+    points = {name: (100 * image.mean, 100 * text.mean if text else 0) for name, (image, text) in places.items()}
+    for color, (name, (image, text)) in zip(gu.PALETTE, places.items(), strict=False):
         x, y = points[name]
-        low, high = 100 * np.transpose([scores[0].interval(classes), scores[1].interval()])
-        axis.plot([low[0], high[0]], [y, y], color=color, linewidth=1.5, alpha=0.6)
-        axis.plot([x, x], [low[1], high[1]], color=color, linewidth=1.5, alpha=0.6)
+        axis.plot(100 * np.array(image.interval(classes)), [y, y], color=color, linewidth=1.5, alpha=0.6)
+        axis.plot([x, x], 100 * np.array(text.interval()) if text else [y, y], color=color, linewidth=1.5, alpha=0.6)
         axis.plot(x, y, "o", color=color, markersize=9)
         side = {"xytext": (-9, 7), "ha": "right"} if name in left else {"xytext": (9, 7)}
         axis.annotate(name, (x, y), textcoords="offset points", fontsize=11, **side)

@@ -19,13 +19,13 @@ CHOICES = {
     "recipe.views": ("crop", "autoaugment"),
     "recipe.protocol": ("own", "paper"),
     "recipe.shared_captions": ("right", "wrong"),
-    "method": ("uniform", "greedy", "wise_ft", "model_stock", "lines", "slerp"),
+    "method": ("best", "uniform", "greedy", "wise_ft", "model_stock", "lines"),
     "table": ("mini", "gpnns", "mcip"),
     "protocol": ("", "own", "paper"),
 }
 COUNTS = ("k", "dimensions", "batch_size", "accumulate", "reference_images", "depth", "chunk", "top")
 PAIRS = ("margin",)  # a number, or two: for the most and for the least frequent classes
-SHARES = ("flip", "patch_dropout", "ema", "beta2", "caption_weight", "alpha")  # a negative alpha stands for "choose it"
+SHARES = ("flip", "patch_dropout", "ema", "beta2", "caption_weight")
 
 
 def take_parameters(notebook: str, given: dict) -> dict:
@@ -110,7 +110,7 @@ def taken_as(default, value, name: str):
         raise ValueError(f"{name} must be one of {', '.join(filter(None, choices))}, not {value!r}")
     if short in COUNTS and value < 1:
         raise ValueError(f"{name} must be 1 or more, not {value}")
-    if short in SHARES and (value > 1 or (value < 0 and short != "alpha")):
+    if short in SHARES and not 0 <= value <= 1:
         raise ValueError(f"{name} is a share from 0 to 1, not {value}")
     if isinstance(default, int) and not 0 <= value < 2**32:
         raise ValueError(f"{name} must be from 0 to {2**32 - 1}, not {value}")

@@ -525,6 +525,17 @@ def scores_of(encoder: gu.Encoder, splits: gu.datasets.Splits) -> dict[str, gu.S
     return found
 
 
+def place(encoder: gu.Encoder, splits: gu.datasets.Splits) -> tuple[gu.Score, gu.Score | None]:
+    """Where an encoder stands in the plots of notebooks 04 and 05, on the test of an open question: image to image mAP, and
+    text to image R@5, None for an encoder without a text tower."""
+    told = splits.text_test
+    texts, relevant = gu.text_queries(told)
+    found, images = image_to_image(encoder, splits.test[0], cache=True), gu.embed_images(encoder, told)
+    if encoder.text_tower is None:
+        return found, None
+    return found, gu.recall_at_k(gu.rank_relevant(gu.embed_texts(encoder, texts), images, relevant), 5)
+
+
 # --- a whole fine-tuning ---------------------------------------------------------------------------------------------
 
 
@@ -562,6 +573,7 @@ def fine_tune(
     caption_scale: float = 30.0,
     shared_captions: str = "right",
     processes: int = 1,
+    embeddings: np.ndarray | None = None,
     **settings,
 ) -> tuple[gu.Encoder, list[dict]]:
     """Fine-tune the image tower on labelled images: (the encoder, whose model is changed in place, the log of `fit`).
@@ -569,7 +581,7 @@ def fine_tune(
     choose_on: images of other classes, whose mAP chooses the weights to keep. loss: from the class means (classes, dim)
     and the images per class (classes,) to a module; ArcMargin when None. captions: (rows (n, top), -1 for none, texts, unit
     embeddings of the texts) adds MCIP's caption loss, `caption_weight` of the total; shared_captions: of `batch_captions`.
-    settings: go to `fit`, such as seed, lr_min, accumulate, draw.
+    embeddings: of `images` by the encoder, where they are known. settings: go to `fit`, such as seed, lr_min, accumulate, draw.
 
     margin: in radians; two of them go to the most and the least frequent classes (`margins_by_count`). start: proxies at
     the mean embeddings of their classes ("means") or at random ("xavier"). layer_decay: of `image_parameters`. warmup:
@@ -599,7 +611,9 @@ def fine_tune(
     torch.manual_seed(seed)
     encoder = gu.add_head(encoder, head) if head else encoder
     transform = training_transform(encoder, flip, jitter, views)
-    before = gu.embed_images(encoder, images)  # takes files that cannot be read out of `images`
+    before = (
+        gu.embed_images(encoder, images) if embeddings is None else embeddings
+    )  # takes out files that cannot be read
     data = TrainingImages(images, transform)
     means, counts = class_means(before, data.labels), np.bincount(data.labels)
     drop_patches(encoder, patch_dropout)  # where it has patches
@@ -630,29 +644,89 @@ def fine_tune(
     return encoder, log
 
 
+def left_by_03(run: gu.Run, encoder: str, images: gu.ImageSet) -> tuple[str, str] | None:
+    """The checkpoint of notebook 03, with both towers, as a name for `load_encoder` and words for where it comes from: what 03
+    left in the folder of the same profile, if that was tuned from the same encoder and kept the text tower, or for the
+    mini CLIP and the drawn world the shipped copy of that. None where there is neither."""
+    mine, shipped = run.folder / "03_arcmargin.safetensors", gu.DATA / "mini_tuned" / "arcmargin.safetensors"
+    about = gu.datasets.read_json(mine.with_suffix(".json")) if mine.with_suffix(".json").exists() else {}
+    other = about.get("head") or about.get("before_projection")
+    if mine.exists() and about.get("tuned_from") == encoder and not other:
+        return f"{about['encoder']}@{mine}", f"what notebook 03 left in runs/{run.profile}"
+    if encoder == "mini" and images.name == "mini train":
+        return f"mini@{shipped}", "the copy of notebook 03's encoder that comes with the course"
+    return None
+
+
 def taken_home(
     run: gu.Run, encoder: str, images: gu.ImageSet, choose_on: gu.ImageSet, **settings
 ) -> tuple[gu.Encoder, str]:
-    """The encoder as notebook 03 fine-tunes it, both towers, and where it comes from.
-
-    It is what notebook 03 left in the folder of the same profile, if that was tuned from the same encoder and kept the text
-    tower; for the mini CLIP and the drawn world else the shipped copy of that; and otherwise it is trained now, with
-    `settings` of `fine_tune`, in the folder in which notebook 03 would train it.
-    """
-    mine, shipped = run.folder / "03_arcmargin.safetensors", gu.DATA / "mini_tuned" / "arcmargin.safetensors"
-    about = gu.datasets.read_json(mine.with_suffix(".json")) if mine.with_suffix(".json").exists() else {}
-    if (
-        mine.exists()
-        and about.get("tuned_from") == encoder
-        and not (about.get("head") or about.get("before_projection"))
-    ):
-        return gu.load_encoder(f"{about['encoder']}@{mine}"), f"what notebook 03 left in runs/{run.profile}"
-    if encoder == "mini" and images.name == "mini train":
-        return gu.load_encoder(f"mini@{shipped}"), "the copy of notebook 03's encoder that comes with the course"
+    """The encoder as notebook 03 fine-tunes it, both towers, and where it comes from: `left_by_03`, or trained now, with
+    `settings` of `fine_tune`, in the folder in which notebook 03 would train it."""
+    if found := left_by_03(run, encoder, images):
+        return gu.load_encoder(found[0]), found[1]
     tuned, _ = fine_tune(
         gu.load_encoder(encoder), images, choose_on, run.folder / "03_training", seed=run.seed, **settings
     )
     return tuned, "a fine-tuning on images alone, done now"
+
+
+def ingredients(
+    run: gu.Run,
+    encoder: str,
+    checkpoints: Sequence[str | Path],
+    images: gu.ImageSet,
+    choose_on: gu.ImageSet,
+    variety: Sequence[dict],
+    **settings,
+) -> tuple[gu.Encoder, gu.Encoder, dict[str, dict[str, torch.Tensor]]]:
+    """What a soup is made of: (the encoder before any fine-tuning, the one that all ingredients start from, the state dict of
+    each ingredient by name). Prints where they come from.
+
+    checkpoints: files that were fine-tuned from `encoder`, which is then also their start. Without any, the start is
+    `left_by_03` or else the encoder itself, and each entry of `variety`, settings of `fine_tune` that take the place of
+    `settings`, becomes an ingredient: trained on three quarters of the classes, drawn anew for each, as GUIE's fourth place
+    did. A training that was stopped goes on, a finished one is loaded. Raises ValueError for files that are not two or
+    more different ones of one architecture.
+    """
+    if checkpoints:
+        return opened([Path(file).expanduser() for file in checkpoints], encoder)
+    spec, source = left_by_03(run, encoder, images) or (encoder, f"{encoder} itself")
+    start, states = gu.load_encoder(spec), {}
+    vectors, classes = gu.embed_images(start, images), np.unique(images.labels)
+    for number, change in enumerate(variety):
+        drawn = np.random.default_rng([run.seed, number]).permutation(classes)[: max(2, round(0.75 * len(classes)))]
+        part, tuned = np.isin(images.labels, drawn), gu.load_encoder(spec)
+        fine_tune(
+            tuned, images.subset(part), choose_on, run.folder / "05_training", embeddings=vectors[part],
+            **settings | {"seed": run.seed + number} | change,
+        )  # fmt: skip
+        states[f"ingredient_{number}"] = {key: value.cpu() for key, value in tuned.model.state_dict().items()}
+    print(f"{len(states)} ingredients, trained here; they start from {source}")
+    return gu.load_encoder(encoder), start, states
+
+
+def opened(files: list[Path], encoder: str) -> tuple[gu.Encoder, gu.Encoder, dict[str, dict[str, torch.Tensor]]]:
+    """`ingredients` from files. A head is new in the files: their start gets the mean of theirs, from which none moved."""
+    if len({file.resolve() for file in files}) < max(2, len(files)):
+        raise ValueError(f"a soup needs two different checkpoints or more, not {', '.join(map(str, files))}")
+    noted = gu.checkpoints.checkpoint_settings(files[0])
+    encoder = noted.get("tuned_from", noted.get("encoder", encoder)) if encoder == "mini" else encoder
+    states = {str(file): gu.load_checkpoint(file) for file in files}
+    try:
+        start = gu.load_encoder(f"{encoder.partition('@')[0]}@{files[0]}")
+        for file, state in states.items():
+            gu.encoders.fill(start.model, state, file)
+    except ValueError as error:
+        hint = "Name what they were fine-tuned from in the parameter encoder, such as open_clip:ViT-B-16/openai"
+        raise ValueError(f"{error}. {hint}") from error
+    heads = [
+        {key: value for key, value in state.items() if key.startswith("embedding_head.")} for state in states.values()
+    ]
+    before = gu.load_encoder(encoder).model.state_dict()
+    gu.encoders.fill(start.model, before | gu.soups.average(heads), encoder)
+    print(f"{len(states)} ingredients from files; their start is {encoder}")
+    return start, start, states
 
 
 def realign(

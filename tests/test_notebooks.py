@@ -190,7 +190,7 @@ QUICK = {
         "pair_images": "SMALL WORLD",
         "bank": "BANK",
     },
-    "05_average_soups": {"epochs": 1.0, "batch_size": 16, "train_images": "SMALL WORLD"},
+    "05_average_soups": {"recipe": {"epochs": 1.0, "batch_size": 16}, "train_images": "SMALL WORLD"},
     "06_normalize_neighbors_nnn": {"encoders": "mini", "reference_images": 300},
 }
 
@@ -302,7 +302,7 @@ def test_fine_tuning_gains_ten_points_on_unseen_classes_in_every_domain_and_cost
     assert all(torch.allclose(made[key], shipped[key], atol=0.01) for key in shipped), "the recipe of what is shipped"
     trained_here = [json.loads(line) for line in next(out.glob("03_training/*/log.jsonl")).read_text().splitlines()]
     validation = [row["validation"] for row in trained_here if "validation" in row]
-    assert len(validation) == 3 and max(validation) > 60, "this run trained, it did not load"
+    assert len(validation) == 2 and max(validation) > 58, "this run trained, it did not load"
     assert "nan" not in text_of(notebook)
 
 
@@ -428,25 +428,17 @@ REFUSED = [  # what a notebook is asked for, and the sentence that says what to 
     ("04", {"pair_images": "mini"}, "needs a bank and pair_images of its own"),
     ("04", {"bank": "mini"}, "needs a bank and pair_images of its own"),
     ("04", {"train": "noen"}, "train must be one of one, all, not 'noen'"),
-    ("05", {"method": "gredy"}, "method must be one of uniform, greedy"),
-    ("05", {"alpha": 1.5}, "alpha is a share from 0 to 1"),
+    ("05", {"method": "gredy"}, "method must be one of best, uniform, greedy"),
     ("05", {"checkpoints": "one.safetensors"}, "two different checkpoints or more"),
     ("05", {"checkpoints": '["no.safetensors", "such.safetensors"]'}, "no checkpoint at"),
-    ("05", {"checkpoints": "OURS", "method": "wise_ft"}, "set start to a file, or to 'encoder'"),
     ("05", {"checkpoints": '["a", "b"'}, "checkpoints must be a list such as"),
     ("05", {"checkpoints": "BROKEN FILE"}, "not a readable checkpoint"),
-    (
-        "05",
-        {"checkpoints": "OURS", "start": "encoder", "encoder": "open_clip:ViT-S-32-alt"},
-        "no weights to start from",
-    ),
+    ("05", {"checkpoints": "OURS", "encoder": "open_clip:ViT-S-32-alt"}, "open_clip:ViT-S-32-alt/random asks"),
     ("05", {"checkpoints": "OURS", "test_images": "SHAPES"}, "60 of 60 images of shapes are also in shapes"),
-    ("05", {"checkpoints": "OTHERS"}, "do not fit its architecture.*Name their architecture in the parameter encoder"),
+    ("05", {"checkpoints": "OTHERS"}, "do not fit its architecture.*Name what they were fine-tuned from in .* encoder"),
     ("05", {"checkpoints": "MIXED"}, r"0.safetensors do not fit its architecture"),
     ("05", {"checkpoints": "OURS", "train_images": "FLAT"}, "labels"),
-    ("05", {"class_names": "EMPTY", "epochs": 0.1}, "holds no names"),
-    ("05", {"dimensions": 0}, "dimensions must be 1 or more"),
-    ("05", {"encoder": "pixels"}, "pixels has no weights to average"),
+    ("05", {"encoder": "pixels"}, "pixels has no weights"),
     ("06", {"encoders": "mini, pixels"}, "pixels encodes images only"),
     ("06", {"encoders": "mini, mini"}, "share a short name"),
     ("06", {"encoders": ""}, "encoders names nothing"),
@@ -488,7 +480,7 @@ def test_what_cannot_work_is_refused_with_a_remedy(
         mine |= request.getfixturevalue("captioned_shapes")
         quick = {"images": {"batch_size": 16, "epochs": 0.5}, "realign": {"batch_size": 16, "epochs": 0.5}}
         change = change | {"recipe": quick | change.get("recipe", {})}
-    mine |= {"05": {"batch_size": 16}, "06": {"encoders": "mini"}}.get(notebook, {})
+    mine |= {"05": {"recipe": {"batch_size": 16}}, "06": {"encoders": "mini"}}.get(notebook, {})
     mine |= {key: places.get(str(value), value) for key, value in change.items()}
     with pytest.raises((ValueError, OSError), match=message):
         run_here(notebook, mine)
@@ -496,24 +488,20 @@ def test_what_cannot_work_is_refused_with_a_remedy(
 
 @pytest.mark.slow
 @pytest.mark.notebook
-def test_averaging_equals_beats_the_best_of_them_and_averaging_unequals_does_not(tmp_path, results):
+def test_averaging_equals_beats_the_best_of_them_and_averaging_nothing_is_found_out(tmp_path, results):
     profile, out = results
     notebook = execute(FOLDER / "05_average_soups.ipynb", tmp_path / "o.ipynb", {"profile": profile})
     rows = json.loads((out / "05_average_soups.json").read_text())["rows"]
-    scores = {(row["model"], row["task"], row["split"]): row["value"] for row in rows if row["metric"] == "mAP"}
-    images, shifted = ("image_to_image", "test"), ("image_to_image", "shifted")
-    equal = [scores[f"equal_{i}", *images] for i in range(4)]
-    assert min(equal) > scores["mini", *images] + 10, "each ingredient is fine-tuned"
-    assert scores["soup:uniform", *images] > max(equal)
-    assert scores["soup:uniform", *shifted] > np.mean([scores[f"equal_{i}", *shifted] for i in range(4)])
-    unequal = [scores[f"unequal: unequal_{i}", *images] for i in range(3)]
-    assert scores["uniform of unequal", *images] < max(unequal) - 1
-    texts = {name: scores[f"soup:{name}", "text_to_image", "captions"] for name in ("uniform", "model_stock")}
-    assert texts["model_stock"] > texts["uniform"], "it goes back towards the start"
+    scores = {(row["model"], row["task"], row["metric"]): row["value"] for row in rows}
+    images, texts = ("image_to_image", "mAP"), ("text_to_image", "R@5")
+    singles = [scores[f"ingredient_{i}", *images] for i in range(4)]
+    assert min(singles) > scores["base", *images] + 10, "each ingredient is fine-tuned"
+    assert scores["soup:uniform", *images] > max(singles) and scores["soup:greedy", *images] > np.mean(singles)
+    assert scores["50% soup", *texts] > scores["uniform soup", *texts], "it goes back towards the base"
     small = {row["model"]: row["value"] for row in rows if row["metric"] == "mP@5"}
-    assert small["mini, trained head, 64"] > small["mini, all, 128"]
-    logs = [path.read_text() for path in out.glob("05_ingredients_*/training/*/log.jsonl")]
-    assert len(logs) == 4 and sum("validation" in log for log in logs) == 1, "this run trained"
+    assert small["soup, PCA of images"] > small["base, all numbers"]
+    logs = [path.read_text() for path in out.glob("05_training/*/log.jsonl")]
+    assert len(logs) == 4 and all("validation" in log for log in logs), "this run trained"
     soup = gu.load_checkpoint(out / "05_soup.safetensors")
     gu.load_encoder("mini").model.load_state_dict(soup, strict=True)
     assert "nan" not in text_of(notebook)
@@ -525,11 +513,12 @@ def test_averaging_equals_beats_the_best_of_them_and_averaging_unequals_does_not
         ("this course's", None, "greedy"),
         ("this course's", None, "lines"),
         ("heads", None, "uniform"),
-        ("open_clip", "open_clip:ViT-S-32-alt", "greedy"),
+        ("open_clip", "open_clip:ViT-S-32-alt/random", "best"),
         ("batch norm", "timm:test_efficientnet", "greedy"),
-        ("batch norm", "timm:test_efficientnet", "slerp"),
+        ("batch norm", "timm:test_efficientnet", "model_stock"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:these models have batch norm")
 def test_a_soup_of_anyones_checkpoints_is_a_file_that_their_library_loads(
     shapes, tmp_path, results, cache, kind, encoder, method
 ):
@@ -537,19 +526,17 @@ def test_a_soup_of_anyones_checkpoints_is_a_file_that_their_library_loads(
     (shapes / "class 3" / "0.png").write_bytes(b"broken")
     mine = {"profile": profile, "method": method, "train_images": str(shapes)}
     mine |= {"checkpoints": two_checkpoints(tmp_path, kind)}
-    mine |= {"encoder": encoder} if encoder else {}
-    mine |= {"start": "encoder", "alpha": 0.25} if method == "lines" else {}
-    run_here("05", mine)
+    run_here("05", mine | ({"encoder": encoder} if encoder else {}))
     written = out / "05_soup.safetensors"
     about = json.loads(written.with_suffix(".json").read_text())
-    assert about["method"] == method and 1 <= len(about["ingredients"]) <= 2
+    assert about["method"] == method or method == "best" and 1 <= len(about["ingredients"]) <= 2
     if method == "lines":
         base, tuned = (
             gu.load_encoder(spec).model.state_dict() for spec in ("mini", f"mini@{tmp_path}/tuned_0.safetensors")
         )
         soup, name = load_file(written), "visual.transformer.resblocks.0.mlp.c_fc.weight"
         kept = (soup[name] - base[name]).norm() / (tuned[name] - base[name]).norm()
-        assert about["alpha"] == 0.25 and kept < 0.8, "low layers went back towards the start"
+        assert kept < 0.8, "low layers went back towards the start"
     if kind == "open_clip":
         open_clip.create_model("ViT-S-32-alt", pretrained=str(written))
     elif kind == "batch norm":
@@ -557,18 +544,16 @@ def test_a_soup_of_anyones_checkpoints_is_a_file_that_their_library_loads(
     else:
         assert gu.load_encoder(f"mini@{written}").dim == (16 if kind == "heads" else 128)
     rows = json.loads((out / "05_average_soups.json").read_text())["rows"]
-    assert f"soup:{method}" in {row["model"] for row in rows}
+    assert {"soup:uniform", "soup:greedy", "soup:model_stock"} <= {row["model"] for row in rows}
 
 
-def test_anyones_folder_is_cooked_and_a_list_of_names_makes_its_embeddings_small(shapes, tmp_path, results, cache):
+def test_anyones_folder_is_cooked(shapes, tmp_path, results, cache):
     profile, out = results
-    (tmp_path / "names.json").write_text(json.dumps({"things": [f"a {c} square" for c in ("red", "blue", "green")]}))
     (shapes / "class 3" / "0.png").write_bytes(b"broken")
-    mine = {"profile": profile, "train_images": str(shapes), "batch_size": 16, "epochs": 2, "dimensions": 16}
-    mine |= {"class_names": str(tmp_path / "names.json"), "method": "model_stock"}
-    run_here("05", mine)
+    mine = {"profile": profile, "train_images": str(shapes), "recipe": {"batch_size": 16, "epochs": 2}}
+    run_here("05", mine | {"method": "model_stock"})
     rows = json.loads((out / "05_average_soups.json").read_text())["rows"]
-    assert {"mini", "equal_3", "soup:model_stock", "soup:lines"} <= {row["model"] for row in rows}
+    assert {"base", "ingredient_3", "soup:model_stock", "soup:lines"} <= {row["model"] for row in rows}
     assert json.loads((out / "05_soup.json").read_text())["method"] == "model_stock"
 
 

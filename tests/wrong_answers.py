@@ -69,15 +69,17 @@ WRONG = {
             "def kept(moves):\n    return moves.mean(dim=0).square().sum() / moves.norm(dim=1).mean() ** 2",
         ],
         2: [
-            "def rotated(vectors):\n    return -vectors",
-            "def rotated(vectors):\n    return vectors * np.random.default_rng(0).normal(size=vectors.shape[1])",
-            "def rotated(vectors):\n    return vectors[:, :2]",
-        ],
-        3: [
             "def take_out(soup, state, count):\n    return {key: soup[key] - state[key] / count for key in soup}",
             "def take_out(soup, state, count):\n    return soup",
         ],
-        4: ["needed = 64", "needed = 0.9 * vectors.shape[1]"],
+        3: [
+            "def twin(first, second):\n    return first, second",
+            "def twin(first, second):\n    return first.flip(0), second",
+        ],
+        4: [
+            "def renew(encoder, images):\n    encoder.model.train()",
+            "def renew(encoder, images):\n    encoder.model.eval()",
+        ],
     },
     "06_normalize_neighbors_nnn": {
         1: [
