@@ -104,11 +104,12 @@ def agreement(moves: torch.Tensor) -> float:
 
 def lines(before: State, after: State, shallow: float) -> dict[str, torch.Tensor]:
     """LiNeS (2410.17146): the change of block l of L is scaled by shallow + (1 - shallow) l / (L - 1), and by `shallow` outside
-    of the blocks. Raises ValueError as `average`, and for names of tensors that show fewer than two blocks."""
+    of the blocks; also everywhere, said in a line, where the names of the tensors show fewer than two blocks. Raises
+    ValueError as `average`."""
     check_fit([before, after])
     depth = depths(after)
     if not any(depth.values()):
-        raise ValueError("fewer than two numbered blocks in the names of the tensors, so there is no depth to scale by")
+        print(f"LiNeS finds no depth in the names of these tensors: all of them get the share {shallow:g}")
     return mixed(before, after, lambda key: shallow + (1 - shallow) * depth[key])
 
 

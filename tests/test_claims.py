@@ -214,6 +214,43 @@ def test_every_way_to_train_runs_in_small_and_changes_what_it_should(tmp_path, m
     kept, moved = weights(measure_claims.realigned("0", 1e-3, rate=1e-3, **options))
     assert torch.equal(kept, again) and not torch.equal(moved, texts)
 
+    start, _ = weights(measure_claims.tuned("0", "arcmargin", 1e-3))
+    further = {number: weights(measure_claims.continued("0", 1e-3, 1e-3, number))[0] for number in (0, 1, 4)}
+    further["averaged"], _ = weights(measure_claims.continued("0", 1e-3, 1e-3, 1, ema=0.9))
+    further["unequal"], _ = weights(measure_claims.unequal("0", 2))
+    longer, kept = weights(measure_claims.continued("0", 1e-3, 1e-3, 0, passes=2.0))
+    assert torch.equal(kept, texts) and not torch.equal(longer, further[0]), "from another start"
+    moves = {name: (state - start).norm() for name, state in further.items()}
+    assert 0 < moves["averaged"] < moves[1] and all(moves.values()), "the average lags behind"
+
+
+def test_a_line_between_two_models_begins_and_ends_at_them_and_rules_lie_between_base_and_soup(tmp_path, monkeypatch):
+    """Without any training: the models are the mini CLIP, and what notebook 03 made of it."""
+    few = gu.load_images("mini", "test").subset(np.arange(0, 2400, 8))
+    monkeypatch.setattr(measure_claims, "images_of", lambda name: few)
+    monkeypatch.setattr(measure_claims, "measured", lambda encoder: encoder.model.state_dict())
+    tuned = f"mini@{gu.DATA / 'mini_tuned' / 'arcmargin.safetensors'}"
+    names = {0: tuned, 1: "mini", 2: tuned, 3: tuned}
+    monkeypatch.setattr(
+        measure_claims, "continued", lambda base, start_rate, rate, number: gu.load_encoder(names[number])
+    )
+    monkeypatch.setattr(measure_claims, "tuned", lambda *_: gu.load_encoder("mini"))
+    line = measure_claims.part_between("0", 1e-3, rate=1e-3)["image"]
+    for scores, name in ((line[0], tuned), (line[-1], "mini")):
+        np.testing.assert_array_equal(
+            scores, measure_claims.average_precision(gu.embed_images(gu.load_encoder(name), few))
+        )
+    assert len(line) == len(measure_claims.SHARES)
+    key = "visual.transformer.resblocks.0.mlp.c_fc.weight"
+    moved = {}
+    for rule in measure_claims.RULES:
+        state = measure_claims.part_relative("0", 1e-3, 1e-3, rule)
+        moved[rule] = (state[key] - gu.load_encoder("mini").model.state_dict()[key]).norm().item()
+    assert (
+        moved["WiSE-FT"] == pytest.approx(moved["uniform soup"] / 2, rel=1e-4)
+        and moved["LiNeS"] < moved["uniform soup"]
+    )
+
 
 @pytest.fixture(scope="module")
 def table():
@@ -302,6 +339,10 @@ def test_the_curves_are_shipped_and_follow_from_the_scores():
         "room",
         "models",
         "frontier",
+        "soups",
+        "relatives",
+        "ingredients",
+        "between",
         "overlap",
         "gallery",
     }

@@ -524,6 +524,35 @@ def test_what_the_readme_says_about_keeping_text_runs_in_small_as_it_is_written(
     assert "done now" in str([output for cell in cells for output in cell.get("outputs", [])])
 
 
+@pytest.mark.slow
+@pytest.mark.notebook
+def test_what_the_readme_says_about_averaging_runs_in_small_as_it_is_written(small_course, tmp_path):
+    """Checkpoints of one's own, four trainings after notebook 03 under the same profile, and the paper's profile."""
+    course, papermill = small_course
+    mine = str(course / "datasets" / "cub" / "CUB_200_2011" / "images")
+    small = ["-y", json.dumps({"recipe": {"batch_size": 8, "epochs": 1.0, "warmup": 0.5}})]
+    first = re.sub(r"path/to/\w+/folder", mine, dict(COMMANDS[::-1])["03_finetune_arcmargin"])
+    for profile in ("photos", "mine"):
+        papermill("03_finetune_arcmargin", *shlex.split(first.replace("photos", profile)), *small)
+    own, trained = (options for notebook, options in COMMANDS if notebook == "05_average_soups")
+    for letter, profile in (("a", "photos"), ("b", "mine")):
+        own = own.replace(f"{letter}.safetensors", str(course / "runs" / profile / "03_arcmargin.safetensors"))
+    said = {}
+    for name, options in {"own": own, "trained": trained, "paper": f"-p profile paper -p train_images {mine}"}.items():
+        cells = papermill("05_average_soups", *shlex.split(re.sub(r"path/to/\w+/folder", mine, options)), *small)
+        said[name] = str([output for cell in cells for output in cell.get("outputs", [])])
+    assert "2 ingredients from files; their start is open_clip:ViT-B-16/openai" in said["own"]
+    assert "they start from what notebook 03 left in runs/photos" in said["trained"]
+    assert "they start from open_clip:ViT-L-14-336/openai itself" in said["paper"]
+    for profile, methods in (("mine", ["greedy"]), ("paper", ["uniform"]), ("photos", taken_methods())):
+        about = json.loads((course / "runs" / profile / "05_soup.json").read_text())
+        assert about["method"] in methods and about["encoder"].startswith("open_clip:ViT-")
+
+
+def taken_methods():
+    return gu.parameters.CHOICES["method"][1:]
+
+
 def test_the_small_course_differs_from_the_real_one_only_in_what_is_downloaded(tmp_path):
     course = course_in_small(tmp_path / "course")
     assert (course / "gpnns_utils.py").read_text().startswith((gu.HERE / "gpnns_utils.py").read_text())

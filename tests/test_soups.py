@@ -110,7 +110,7 @@ def test_a_soup_shares_no_memory_with_its_ingredients_and_leaves_them_as_they_we
 )
 def test_checkpoints_that_do_not_fit_are_refused_by_name(other, message):
     first = {"a": torch.ones(2), "b": torch.ones(2)}
-    for function in (nb.average, lambda states: nb.slerp(*states), lambda states: nb.wise_ft(*states, 0.5)):
+    for function in (gu.soups.average, lambda states: gu.soups.lines(*states, 0.5)):
         with pytest.raises(ValueError, match=message):
             function([first, other])
     with pytest.raises(ValueError, match=message.replace("checkpoint 1", "checkpoint 2")):
@@ -161,15 +161,15 @@ def test_equal_scores_add_nothing():
 # --- towards the start ---
 
 
-def test_lines_scales_the_change_by_depth_in_each_tower_on_its_own():
+def test_lines_scales_the_change_by_depth_in_each_tower_on_its_own(capsys):
     names = [f"visual.transformer.resblocks.{i}.w" for i in range(5)] + [f"transformer.resblocks.{i}.w" for i in (0, 1)]
     after = {name: torch.ones(2) for name in [*names, "visual.proj"]}
     soup = gu.soups.lines({name: torch.zeros(2) for name in after}, after, 0.2)
     assert [round(soup[name][0].item(), 3) for name in after] == [0.2, 0.4, 0.6, 0.8, 1.0, 0.2, 1.0, 0.2]
     stages = ["conv1.w", "layer1.0.w", "layer2.0.w", "layer3.5.w", "fc.w"]
     assert list(gu.soups.depths(stages).values()) == [0, 0, 0.5, 1, 0], "a ResNet's stages are its blocks"
-    with pytest.raises(ValueError, match="fewer than two numbered blocks"):
-        gu.soups.lines(state(1.0), state(2.0), 0.5)
+    assert gu.soups.lines(state(1.0), state(2.0), 0.5)["w"].item() == 1.5
+    assert "LiNeS finds no depth" in capsys.readouterr().out
 
 
 def test_lines_with_share_one_changes_nothing():
