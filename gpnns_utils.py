@@ -634,6 +634,13 @@ class Score:
         return Score(self.per_query[row_numbers(mask, len(self.per_query), "the queries of a part")])
 
 
+def is_right(images: ImageSet, rows: Array, queries: Array) -> Array:
+    """Whether neighbours show the same thing as their queries: 1 or 0, NaN where no labels tell. Rows of `images`: (n, k), (n,)."""
+    if images.labels is None:
+        return np.full(np.shape(rows), np.nan)
+    return (images.labels[rows] == images.labels[queries][:, None]).astype(float)
+
+
 def same_label(query_labels: Array, gallery_labels: Array) -> list[Array]:
     """For each query, the gallery rows that carry its label. Raises ValueError where there are no labels."""
     if query_labels is None or gallery_labels is None:
@@ -917,13 +924,13 @@ def show_neighbors(
 ) -> Picture:
     """Queries and their neighbours, one line each. queries: PIL images or strings. rows, scores, right: (n, k).
 
-    Right neighbours have a green frame and a check mark, wrong ones a red frame and a cross.
+    Right neighbours have a green frame and a check mark, wrong ones a red frame and a cross, unknown ones (NaN) none.
     """
     texts = [textwrap.fill(query, max(24, len(query) // 4 + 8)) if isinstance(query, str) else "" for query in queries]
     form = "{} bits" if scores is not None and np.asarray(scores).dtype.kind != "f" else "{:.2f}"
     lines, titles, frames = [], [], []
     for i, query in enumerate(queries):
-        judged = [None] * len(rows[i]) if right is None else right[i]
+        judged = [None] * len(rows[i]) if right is None else [None if np.isnan(r) else r for r in right[i]]
         first = [] if isinstance(query, str) else [query]
         found = [j for j, row in enumerate(rows[i]) if row >= 0]  # an index may find fewer, and says -1
         judged = [judged[j] for j in found]

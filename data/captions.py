@@ -42,6 +42,23 @@ def load_captions(source: str | Path, splits: gu.datasets.Splits) -> list[str]:
     return captions
 
 
+QUESTIONS = ("a yellow flower", "a brick building with three towers", "a face with glasses", "a striped blue vase")
+
+
+def questions(encoder: gu.Encoder, images: gu.ImageSet, embeddings: np.ndarray) -> tuple[list, np.ndarray]:
+    """Four texts to ask a set of images, and their embeddings (4, d): captions of its own, or the names of its classes. For an
+    encoder without a text tower four of the images ask, said in a line."""
+    if encoder.text_tower is None:
+        print(f"{encoder.name} has no text tower, so images ask here too; mini and open_clip: encoders take words")
+        rows = np.linspace(0, len(images) - 1, 4).astype(int)
+        return [images[row] for row in rows], embeddings[rows]
+    told = [texts[0] for texts in images.captions or [] if texts]
+    told = told or images.names or ["a person", "a building", "an animal", "a plant"]
+    texts = list(QUESTIONS) if images.name.startswith("mini ") else list(dict.fromkeys(told))
+    texts = texts[:: max(1, len(texts) // 4)][:4]
+    return texts, gu.embed_texts(encoder, texts)
+
+
 def names_of_things(images: gu.ImageSet) -> list[str]:
     """Short texts that name things like those in the images, written without a look at any of them: the names of the classes,
     for the drawn world the captions of its bank."""

@@ -202,6 +202,14 @@ def domains(images: ImageSet) -> dict[str, np.ndarray]:
     return {str(name): np.asarray(groups) == name for name in dict.fromkeys(groups)}
 
 
+def parts(images: ImageSet, most: int = 6) -> dict[str, np.ndarray]:
+    """The rows of each group of a set, by name, of at most `most` groups; of equal parts where no groups are known."""
+    if found := domains(images):
+        return {name: np.flatnonzero(inside) for name, inside in list(found.items())[:most]}
+    cut = np.array_split(np.arange(len(images)), most)
+    return {f"part {i}": rows for i, rows in enumerate(cut, 1) if len(rows)}
+
+
 def class_texts(images: ImageSet) -> tuple[list[str], np.ndarray]:
     """One text for each class: the longest caption that all of its images share, or else its name. Classes may share one.
 

@@ -25,7 +25,7 @@ def average(states: Sequence[State], weights: Sequence[float] | None = None) -> 
 
     weights: one for each state, which sum to 1; equal ones when None. Integers, such as counters, have no mean: the first
     state's are kept. Raises ValueError for wrong weights and for states that do not fit together (`check_fit`). Warns of
-    batch norm, whose averaged statistics do not belong to the averaged weights.
+    batch norm, whose averaged statistics may not fit the averaged weights.
     """
     check_fit(states)
     weights = np.full(len(states), 1 / len(states)) if weights is None else np.asarray(weights, dtype=float)
@@ -33,8 +33,8 @@ def average(states: Sequence[State], weights: Sequence[float] | None = None) -> 
         raise ValueError(f"{len(states)} checkpoints need as many weights that sum to 1, not {weights}")
     if len(states) > 1 and any(key.endswith("running_var") for key in states[0]):
         warnings.warn(
-            "these models have batch norm: after averaging, compute its statistics anew with torch.optim.swa_utils.update_bn "
-            "(notebook 05, exercise 4)",
+            "these models have batch norm, whose averaged statistics may not fit the averaged weights: try "
+            "torch.optim.swa_utils.update_bn, and keep what validation prefers (notebook 05, exercise 4)",
             stacklevel=2,
         )
     soup = {}

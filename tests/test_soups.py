@@ -64,7 +64,7 @@ def test_integers_are_the_first_checkpoints_not_rounded_means():
         assert soup["n"].item() == 7 and soup["n"].dtype == torch.int64
 
 
-def test_batch_norm_is_warned_of_because_its_averaged_statistics_do_not_belong_to_the_average():
+def test_batch_norm_is_warned_of_because_its_averaged_statistics_may_not_fit():
     states = [torch.nn.BatchNorm1d(2).state_dict() for _ in range(2)]
     with pytest.warns(UserWarning, match="batch norm.*update_bn"):
         gu.soups.average(states)
