@@ -69,6 +69,38 @@ def legend(axis, x: float, y: float) -> None:
         note(axis, x + 0.28 + 1.35 * i, y, text, 9, align="left")
 
 
+def searching() -> plt.Axes:
+    """01: images and texts become points on one sphere, and the nearest points are the answer."""
+    axis = canvas(9, 3.4)
+    center, radius = np.array([4.5, 1.6]), 1.3
+    axis.add_patch(plt.Circle(center, radius, facecolor="#F7F7F7", edgecolor="#999999", linewidth=1.2))
+    for height in (-0.55, 0.0, 0.55):
+        half = (radius**2 - (height * radius) ** 2) ** 0.5
+        axis.add_patch(
+            matplotlib.patches.Arc(center + [0, height * radius], 2 * half, 0.42 * half, theta1=180, theta2=360, color="#DDDDDD")
+        )  # fmt: skip
+    rng = np.random.default_rng(3)
+    angles, lengths = rng.uniform(0, 2 * np.pi, 40), radius * rng.uniform(0.15, 0.93, 40) ** 0.5
+    points = center + np.stack([lengths * np.cos(angles), lengths * np.sin(angles)], axis=1)
+    query = center + [0.15, 0.35]
+    order = np.argsort(np.linalg.norm(points - query, axis=1))
+    axis.plot(*points[order[4:]].T, "o", color="#AAAAAA", markersize=6)
+    axis.plot(*points[order[:4]].T, "o", color=RIGHT, markersize=8)
+    axis.plot(*query, "*", color=WRONG, markersize=19, markeredgecolor="white", zorder=5)
+    for y, domain, number in ((2.35, "landmarks", 7), (1.6, "nature", 3), (0.85, "objects", 4)):
+        photo(axis, 0.5, y, "test", domain, number, 0)
+    arrow(axis, (0.9, 1.6), (1.3, 1.6))
+    box(axis, 2.05, 1.6, "image tower", FIXED)
+    arrow(axis, (2.8, 1.6), (3.15, 1.6))
+    note(axis, 0.5, 0.35, "a gallery", 9.5)
+    note(axis, 8.3, 1.6, "“a red flower\nwith five petals”", 9.5)
+    arrow(axis, (7.6, 1.6), (7.35, 1.6))
+    box(axis, 6.6, 1.6, "text tower", FIXED)
+    arrow(axis, (5.85, 1.6), tuple(query + [0.14, 0.0]), WRONG, bend=0.15)
+    note(axis, 4.5, 3.2, "gray: images; star: the query; green: the nearest images, which are the answer", 9.5)
+    return axis
+
+
 def measuring() -> plt.Axes:
     """02: what counts as right, what is left out, and where the ranks come from."""
     axis = canvas(9, 2.6)
@@ -227,6 +259,7 @@ def hubs() -> plt.Axes:
 
 
 SCHEMATICS = {
+    "01_search_images": searching,
     "02_benchmark_encoders": measuring,
     "03_finetune_arcmargin": finetuning,
     "04_realign_text_mcip": keeping_text,

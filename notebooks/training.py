@@ -723,8 +723,15 @@ def opened(files: list[Path], encoder: str) -> tuple[gu.Encoder, gu.Encoder, dic
     heads = [
         {key: value for key, value in state.items() if key.startswith("embedding_head.")} for state in states.values()
     ]
-    before = gu.load_encoder(encoder).model.state_dict()
-    gu.encoders.fill(start.model, before | gu.soups.average(heads), encoder)
+    gu.encoders.fill(start.model, gu.load_encoder(encoder).model.state_dict() | gu.soups.average(heads), encoder)
+    known = {encoder: start.model.state_dict()}
+    for file, state in states.items():
+        for name, other in known.items():
+            if all(torch.equal(state[key].to(value), value) for key, value in other.items()):
+                raise ValueError(
+                    f"{file} holds the same weights as {name}: leave it out, as nothing was learned between them"
+                )
+        known[file] = state
     print(f"{len(states)} ingredients from files; their start is {encoder}")
     return start, start, states
 

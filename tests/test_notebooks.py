@@ -393,7 +393,7 @@ def two_checkpoints(folder, kind):
     """Two of one architecture, written as others write them; returns what a reader types."""
     files = []
     for seed in range(2):
-        torch.manual_seed(seed)
+        torch.manual_seed(seed + 1)
         if kind == "open_clip":
             model = open_clip.create_model("ViT-S-32-alt")
             torch.save(
@@ -433,7 +433,8 @@ REFUSED = [  # what a notebook is asked for, and the sentence that says what to 
     ("05", {"checkpoints": '["no.safetensors", "such.safetensors"]'}, "no checkpoint at"),
     ("05", {"checkpoints": '["a", "b"'}, "checkpoints must be a list such as"),
     ("05", {"checkpoints": "BROKEN FILE"}, "not a readable checkpoint"),
-    ("05", {"checkpoints": "OURS", "encoder": "open_clip:ViT-S-32-alt"}, "open_clip:ViT-S-32-alt/random asks"),
+    ("05", {"checkpoints": "OURS", "encoder": "open_clip:ViT-S-32-alt"}, "Name what they were fine-tuned from"),
+    ("05", {"checkpoints": "START TOO"}, r"holds the same weights as mini: leave it out"),
     ("05", {"checkpoints": "OURS", "test_images": "SHAPES"}, "60 of 60 images of shapes are also in shapes"),
     ("05", {"checkpoints": "OTHERS"}, "do not fit its architecture.*Name what they were fine-tuned from in .* encoder"),
     ("05", {"checkpoints": "MIXED"}, r"0.safetensors do not fit its architecture"),
@@ -474,6 +475,7 @@ def test_what_cannot_work_is_refused_with_a_remedy(
         places["OURS"], places["OTHERS"] = (two_checkpoints(tmp_path, kind) for kind in ("this course's", "batch norm"))
         ours, others = json.loads(places["OURS"]), json.loads(places["OTHERS"])
         places["MIXED"] = json.dumps([ours[0], others[0]])
+        places["START TOO"] = json.dumps([ours[0], str(gu.DATA / "mini_clip" / "open_clip_model.safetensors")])
         places["BROKEN FILE"] = json.dumps([ours[0], str(tmp_path / "broken.safetensors")])
     mine = {"profile": results[0], "train_images": str(shapes)}
     if notebook == "04":
@@ -514,8 +516,8 @@ def test_averaging_equals_beats_the_best_of_them_and_averaging_nothing_is_found_
         ("this course's", None, "lines"),
         ("heads", None, "uniform"),
         ("open_clip", "open_clip:ViT-S-32-alt/random", "best"),
-        ("batch norm", "timm:test_efficientnet", "greedy"),
-        ("batch norm", "timm:test_efficientnet", "model_stock"),
+        ("batch norm", "timm:test_efficientnet@START", "greedy"),
+        ("batch norm", "timm:test_efficientnet@START", "model_stock"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:these models have batch norm")
@@ -526,6 +528,12 @@ def test_a_soup_of_anyones_checkpoints_is_a_file_that_their_library_loads(
     (shapes / "class 3" / "0.png").write_bytes(b"broken")
     mine = {"profile": profile, "method": method, "train_images": str(shapes)}
     mine |= {"checkpoints": two_checkpoints(tmp_path, kind)}
+    if encoder and "@" in encoder:
+        torch.manual_seed(0)
+        gu.checkpoints.save_weights(
+            timm.create_model("test_efficientnet", num_classes=0), tmp_path / "start.safetensors"
+        )
+        encoder = encoder.replace("START", str(tmp_path / "start.safetensors"))
     run_here("05", mine | ({"encoder": encoder} if encoder else {}))
     written = out / "05_soup.safetensors"
     about = json.loads(written.with_suffix(".json").read_text())

@@ -14,7 +14,7 @@ WRONG = {
             "def eight_bits(vectors):\n    return np.round(vectors * 127)",
             "def eight_bits(vectors):\n    return (vectors * 1000).astype(np.int8)",
         ],
-        4: ["hardest = 'a typo'", "hardest = max(domains, key=lambda g: first_right.where(domain == g).mean)"],
+        4: ["places = 0", "places = len(photos)", "places = int((bits[hub] != bits).sum())"],
     },
     "02_benchmark_encoders": {
         1: [
