@@ -165,11 +165,6 @@ def test_captions_are_true_as_often_as_asked():
     assert counts[0] == counts[1], "replaced captions are as many as before"
 
 
-def test_an_average_of_state_dicts_is_none_of_them():
-    states = [{"a": torch.full((2,), float(value))} for value in (0, 1, 5)]
-    assert measure_claims.average(states)["a"].tolist() == [2.0, 2.0]
-
-
 def test_the_caption_loss_is_the_sum_written_down_for_one_image_after_the_other():
     images, captions = F.normalize(torch.randn(3, 16)), F.normalize(torch.randn(6, 16))
     owned = [[0, 1], [2], [3, 4, 5]]
