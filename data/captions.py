@@ -59,12 +59,14 @@ def questions(encoder: gu.Encoder, images: gu.ImageSet, embeddings: np.ndarray) 
     return texts, gu.embed_texts(encoder, texts)
 
 
-def names_of_things(images: gu.ImageSet) -> list[str]:
-    """Short texts that name things like those in the images, written without a look at any of them: the names of the classes,
-    for the drawn world the captions of its bank."""
+def names_of_things(images: gu.ImageSet, most: int = 2000) -> list[str]:
+    """Short texts that name things like those in the images, about `most` at most, written without a look at any of them:
+    the names of the classes, for the drawn world captions of its bank."""
     if images.name.startswith("mini "):
-        return sorted({text for listed in gu.load_images("mini", "bank").captions for text in listed})
-    return sorted({images.names[label] for label in np.unique(images.labels)})
+        texts = sorted({text for listed in gu.load_images("mini", "bank").captions for text in listed})
+    else:
+        texts = sorted({images.names[label] for label in np.unique(images.labels)})
+    return texts[:: max(1, len(texts) // most)]
 
 
 def embed_names(encoder: gu.Encoder, names: Sequence[str], instead: np.ndarray) -> np.ndarray:

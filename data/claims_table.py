@@ -2,7 +2,7 @@
 
 Each claim is a difference to its control: query by query, after the mean over seeds, with a 95 % interval. The scores
 come from `claims/` (measure_claims.py, which trains what is missing there): with what the course ships this takes
-half a minute, without it a little over three hours on two cores, in parts that each go on after a break.
+half a minute, without it four to five hours on two cores, in parts that each go on after a break.
 
 statistics -> claims -> curves -> files
 """

@@ -40,7 +40,9 @@ def average(states: Sequence[State], weights: Sequence[float] | None = None) -> 
     soup = {}
     for key, value in states[0].items():
         if value.is_floating_point():
-            value = sum(weight * full(state[key]) for weight, state in zip(weights.tolist(), states, strict=True))
+            same = all(state[key].dtype == value.dtype and torch.equal(state[key], value) for state in states)
+            parts = zip(weights.tolist(), states, strict=True)
+            value = full(value) if same else sum(weight * full(state[key]) for weight, state in parts)
         soup[key] = value.clone()
     return soup
 
