@@ -295,4 +295,4 @@ def test_the_app_is_for_this_machine_and_asks_for_its_token(tmp_path):
         with pytest.raises(urllib.error.HTTPError, match="403"):
             urllib.request.urlopen(f"{bare}voila/files/{NOTEBOOK.name}")
         answer = urllib.request.urlopen(urllib.request.Request(bare, headers={"Authorization": f"token {token}"}))
-        assert answer.url == bare and "Search images by example" in answer.read().decode()
+        assert answer.url == bare and "How does a vector find the same thing?" in answer.read().decode()
