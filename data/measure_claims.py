@@ -235,8 +235,7 @@ def continued(
         train_images(copy, photos, rate, seed + number, 3.0)
         return copy
     factor, margin, dropped = VARIETY[number]
-    classes = np.random.default_rng([seed, number]).permutation(np.unique(photos.labels))
-    part = photos.subset(np.isin(photos.labels, classes[: round(0.75 * len(classes))]))
+    part = photos.subset(training.three_quarters(photos, seed, number))
     train_images(copy, part, factor * rate, seed + number, 1.0, margin=margin, patch_dropout=dropped, ema=ema)
     return copy
 
@@ -248,8 +247,7 @@ UNEQUAL = (5e-5, 2e-4, 6e-4)  # rates so far apart that the models learn very di
 def unequal(base: str, number: int) -> gu.Encoder:
     """A base after one pass over three quarters of the classes, at one of the rates of `UNEQUAL`."""
     seed, copy, photos = seed_of(base), open_base(base), images_of("train")
-    classes = np.random.default_rng([seed, number]).permutation(np.unique(photos.labels))
-    part = photos.subset(np.isin(photos.labels, classes[: round(0.75 * len(classes))]))
+    part = photos.subset(training.three_quarters(photos, seed, number))
     train_images(copy, part, UNEQUAL[number], seed + number, 1.0)
     return copy
 

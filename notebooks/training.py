@@ -611,11 +611,10 @@ def fine_tune(
     torch.manual_seed(seed)
     encoder = gu.add_head(encoder, head) if head else encoder
     transform = training_transform(encoder, flip, jitter, views)
-    before = (
-        gu.embed_images(encoder, images) if embeddings is None else embeddings
-    )  # takes out files that cannot be read
+    if embeddings is None:
+        embeddings = gu.embed_images(encoder, images)  # takes files that cannot be read out of `images`
     data = TrainingImages(images, transform)
-    means, counts = class_means(before, data.labels), np.bincount(data.labels)
+    means, counts = class_means(embeddings, data.labels), np.bincount(data.labels)
     drop_patches(encoder, patch_dropout)  # where it has patches
     torch.manual_seed(seed)
     if loss is None:
@@ -693,10 +692,9 @@ def ingredients(
         return opened([Path(file).expanduser() for file in checkpoints], encoder)
     spec, source = left_by_03(run, encoder, images) or (encoder, f"{encoder} itself")
     start, states = gu.load_encoder(spec), {}
-    vectors, classes = gu.embed_images(start, images), np.unique(images.labels)
+    vectors = gu.embed_images(start, images)
     for number, change in enumerate(variety):
-        drawn = np.random.default_rng([run.seed, number]).permutation(classes)[: max(2, round(0.75 * len(classes)))]
-        part, tuned = np.isin(images.labels, drawn), gu.load_encoder(spec)
+        part, tuned = three_quarters(images, run.seed, number), gu.load_encoder(spec)
         fine_tune(
             tuned, images.subset(part), choose_on, run.folder / "05_training", embeddings=vectors[part],
             **settings | {"seed": run.seed + number} | change,
@@ -706,8 +704,15 @@ def ingredients(
     return gu.load_encoder(encoder), start, states
 
 
+def three_quarters(images: gu.ImageSet, seed: int, number: int) -> np.ndarray:
+    """Which images belong to three quarters of the classes (two at least), drawn anew for each number: bool (n,)."""
+    classes = np.random.default_rng([seed, number]).permutation(np.unique(images.labels))
+    return np.isin(images.labels, classes[: max(2, round(0.75 * len(classes)))])
+
+
 def opened(files: list[Path], encoder: str) -> tuple[gu.Encoder, gu.Encoder, dict[str, dict[str, torch.Tensor]]]:
-    """`ingredients` from files. A head is new in the files: their start gets the mean of theirs, from which none moved."""
+    """`ingredients` from files, under the names that the model has for their tensors. A head is new in the files: their start
+    gets the mean of theirs, from which none moved."""
     if len({file.resolve() for file in files}) < max(2, len(files)):
         raise ValueError(f"a soup needs two different checkpoints or more, not {', '.join(map(str, files))}")
     noted = gu.checkpoints.checkpoint_settings(files[0])
@@ -717,6 +722,7 @@ def opened(files: list[Path], encoder: str) -> tuple[gu.Encoder, gu.Encoder, dic
         start = gu.load_encoder(f"{encoder.partition('@')[0]}@{files[0]}")
         for file, state in states.items():
             gu.encoders.fill(start.model, state, file)
+            states[file] = {key: value.cpu().clone() for key, value in start.model.state_dict().items()}
     except ValueError as error:
         hint = "Name what they were fine-tuned from in the parameter encoder, such as open_clip:ViT-B-16/openai"
         raise ValueError(f"{error}. {hint}") from error
