@@ -68,6 +68,7 @@ ELSEWHERE = {
     "encoders": ("Encoder", "add_head", "save_checkpoint"),
     "checkpoints": ("load_checkpoint",),
     "soups": (),
+    "benchmark": (),
     "parameters": ("take_parameters",),
     "training": (),
     "claims_table": (),
@@ -259,10 +260,12 @@ def load_encoder(spec: str, device: torch.device | str | None = None) -> Encoder
     `dim` numbers (Encoder, data/encoders.py; build one yourself for any other model).
 
     "mini" (the small CLIP of this course), "random" (the same before training), "pixels" (no model: 16 x 16 colors),
-    "efficientnet_lite0" (trained on ImageNet, its weights come with the packages, so it needs no download),
+    "efficientnet_lite0" (trained on ImageNet, its weights come with the packages, so it needs no download; a width in pixels
+    may follow, for small pictures: "efficientnet_lite0:64"),
     "open_clip:ARCHITECTURE/TAG" (the tag "random" for untrained weights), "timm:NAME", "gpnns:ViT-B@file.pth" (the GP-NNS release format).
     `@file` behind a name takes the weights from a file: "mini@tuned.safetensors", "open_clip:ViT-B-16/openai@epoch_3.pt"
-    (the tag then says what the file was tuned from, which decides preprocessing and activation).
+    (the tag then says what the file was tuned from, which decides preprocessing and activation); "mini@arcmargin",
+    "mini@2sft" and "mini@mcip_realigned" are those that come with the course.
     Settings that a timm model was trained with follow a question mark:
     "timm:mobilenetv2_035?pad_type=same&bn_eps=0.001&mean=0.5&std=0.5@file.safetensors".
 

@@ -157,7 +157,8 @@ def load(spec: str, device: torch.device) -> Encoder:
     """
     name, at, checkpoint = spec.strip().partition("@")
     kind, _, rest = name.partition(":")
-    if kind not in BUILDERS or bool(rest) == (kind in ALONE):
+    sized = kind == "efficientnet_lite0" and rest.isdigit()  # efficientnet_lite0:64, pictures of 64 pixels
+    if kind not in BUILDERS or (bool(rest) == (kind in ALONE) and not sized):
         raise ValueError(
             f"unknown encoder {spec!r}; use {', '.join(ALONE)}, open_clip:ARCHITECTURE/TAG, timm:NAME or gpnns:ViT-B@FILE"
             f"{with_its_kind(name)}"
@@ -169,6 +170,9 @@ def load(spec: str, device: torch.device) -> Encoder:
         raise ValueError(f"{spec!r} names no file behind its @")
     state, settings = None, {}
     if checkpoint:
+        shipped = gu.DATA / "mini_tuned" / f"{checkpoint}.safetensors"
+        by_name = name == "mini" and shipped.exists() and not Path(checkpoint).exists()
+        checkpoint = str(shipped) if by_name else checkpoint
         state, settings = gu.checkpoints.read_state(checkpoint), gu.checkpoints.checkpoint_settings(checkpoint)
         settings |= {"squash": True} if gu.checkpoints.from_guie(state) else {}
         state = gu.checkpoints.plain_names(state, checkpoint)
@@ -325,6 +329,9 @@ def build_timm(spec: str, name: str, state: dict | None, device: torch.device) -
         & settings.keys()
     ):
         raise ValueError(f"{spec!r}: {', '.join(sorted(ours))} cannot be set here; weights of a file go behind an @")
+    size = settings.pop("input_size", None)
+    if size is not None and (not isinstance(size, int) or not 16 <= size <= 4096):
+        raise ValueError(f"{spec!r}: input_size={size} is no width in pixels; 224 is common")
     overlay = {key: settings.pop(key) for key in ("mean", "std", "crop_pct", "interpolation") if key in settings}
     numbers = {key: value for key, value in overlay.items() if key != "interpolation"}
     if wrong := [
@@ -334,6 +341,7 @@ def build_timm(spec: str, name: str, state: dict | None, device: torch.device) -
     ]:
         raise ValueError(f"{spec!r}: {wrong[0]}={overlay[wrong[0]]} is not a number that pictures are prepared with")
     overlay.update({key: (overlay[key],) * 3 for key in ("mean", "std") if key in overlay})
+    overlay |= {} if size is None else {"input_size": (3, size, size)}
     settings |= {"pretrained": state is None, "num_classes": 0, "pretrained_cfg_overlay": overlay}
     try:
         model = timm.create_model(name, **settings)
@@ -358,10 +366,12 @@ def build_timm(spec: str, name: str, state: dict | None, device: torch.device) -
 
 
 def build_efficientnet_lite0(spec: str, name: str, state: dict | None, device: torch.device) -> Encoder:
-    """EfficientNet-Lite0 with the ImageNet weights that a package of the registry holds: a real network, offline."""
+    """EfficientNet-Lite0 with the ImageNet weights that a package of the registry holds: a real network, offline. A name of
+    digits is the width that whole pictures are brought to, where 224 of 256 pixels are a waste."""
     if state is None:
         state = timm_names(gu.load_checkpoint(efficientnet_lite0_file()))
-    return build_timm(spec, "tf_efficientnet_lite0", state, device)
+    settings = f"?input_size={name}&crop_pct=1" if name.isdigit() else ""
+    return build_timm(spec, f"tf_efficientnet_lite0{settings}", state, device)
 
 
 def efficientnet_lite0_file() -> Path:

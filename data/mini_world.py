@@ -30,7 +30,8 @@ import numpy as np
 from gpnns_utils.painters import COLORS, DOMAINS, PAINTERS, SIZE, an, graded, listed, near
 
 # split: (number of the class stream, classes per domain, images per class on average). `shifted` shows the classes of
-# `test` in another light; `train_noisy` is `train` with wrong labels. References for hubs come from classes of their own.
+# `test` in another light; `train_noisy` is `train` with wrong labels; `known` shows the first classes of `train` anew.
+# References for hubs come from classes of their own.
 # New splits go to the end: the views of a split depend on its place in this list.
 SPLITS = {
     "pairs": (0, 600, 4),
@@ -43,6 +44,7 @@ SPLITS = {
     "captions": (5, 400, 1),
     "captions_validation": (6, 200, 1),
     "references": (7, 400, 1),
+    "known": (1, 40, 5),
 }
 ASKED = ("captions", "captions_validation")  # here no two finest captions are alike, and no other split has them
 FINEST_ALONE = (*ASKED, "references", "bank")  # one caption an image; elsewhere five

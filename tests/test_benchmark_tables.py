@@ -25,11 +25,6 @@ data = in_small.data  # the fixture: an empty folder of data sets, and no networ
 # --- notebook 02: vectors and rankings of other programs ---
 
 
-@pytest.fixture(scope="module")
-def two():
-    return lift("02")
-
-
 @pytest.fixture
 def photos(folder):
     return gu.load_images(folder)
@@ -56,37 +51,37 @@ def oracle(vectors, labels, leave_out_query):
 
 @pytest.mark.parametrize("leave_out_query", [True, False])
 @pytest.mark.parametrize("lists_hold_the_query", [True, False])
-def test_a_full_ranking_scores_as_the_vectors_it_came_from(two, leave_out_query, lists_hold_the_query):
+def test_a_full_ranking_scores_as_the_vectors_it_came_from(leave_out_query, lists_hold_the_query):
     rng, labels = np.random.default_rng(0), np.repeat(np.arange(6), 5)
     vectors = gu.unit_rows(rng.normal(size=(30, 8)).astype(np.float32) + 2 * np.eye(8)[labels])
     lists = nearest_first(vectors)
     if not lists_hold_the_query:
         lists = np.array([row[row != query] for query, row in enumerate(lists)])
-    ranks = two.listed_ranks(lists, gu.same_label(labels, labels), leave_out_query)
+    ranks = gu.benchmark.ranks_in_lists(lists, gu.same_label(labels, labels), leave_out_query)
     expected = oracle(vectors, labels, leave_out_query)
     assert gu.mean_average_precision(ranks).mean == pytest.approx(expected, abs=1e-5)
 
 
-def test_what_a_short_list_leaves_out_was_not_found_and_minus_one_is_nobody(two):
+def test_what_a_short_list_leaves_out_was_not_found_and_minus_one_is_nobody():
     lists, relevant = np.array([[0, 1, -1], [1, 2, -1], [2, 1, 0], [3, 2, 1]]), [np.array([0, 1, 3])] * 4
-    ranks = two.listed_ranks(lists, relevant, leave_out_query=True)
+    ranks = gu.benchmark.ranks_in_lists(lists, relevant, leave_out_query=True)
     score = gu.mean_average_precision(ranks).per_query
     assert score[0] == pytest.approx(1 / 2), "one of two found, at rank 1"
     assert score[1] == pytest.approx(0, abs=1e-6) and score[3] == pytest.approx((1 / 2) / 2)
     assert gu.recall_at_k(ranks, 3).per_query.tolist() == [1, 0, 1, 1]
 
 
-def test_rows_are_checked_against_names_that_lie_beside_them(two, photos, tmp_path):
+def test_rows_are_checked_against_names_that_lie_beside_them(photos, tmp_path):
     file = saved(tmp_path / "vectors.npy", np.eye(12))
     names = [f"{path.parent.name}/{path.name}" for path in photos.images]
     (tmp_path / "vectors.txt").write_text("\n".join(names) + "\n")
-    assert two.load_rows(file, photos).shape == (12, 12)
+    assert gu.benchmark.load_rows(file, photos).shape == (12, 12)
     (tmp_path / "vectors.txt").write_text("\n".join(names[:2] + names[:1:-1]))
     with pytest.raises(ValueError, match=r"vectors.txt, line 3 says 'red/3.png', but image 2 is .*blue/2.png"):
-        two.load_rows(file, photos)
+        gu.benchmark.load_rows(file, photos)
     (tmp_path / "vectors.txt").write_text("\n".join(names[:4]))
     with pytest.raises(ValueError, match="line 5 says 'nothing'"):
-        two.load_rows(file, photos)
+        gu.benchmark.load_rows(file, photos)
 
 
 @pytest.mark.parametrize(
@@ -98,20 +93,20 @@ def test_rows_are_checked_against_names_that_lie_beside_them(two, photos, tmp_pa
         (np.array([{}] * 12), "cannot be read as an array .* numbers only"),
     ],
 )
-def test_a_file_that_cannot_hold_rows_of_these_images_is_refused(two, photos, tmp_path, array, message):
+def test_a_file_that_cannot_hold_rows_of_these_images_is_refused(photos, tmp_path, array, message):
     with pytest.raises(ValueError, match=message):
-        two.load_rows(saved(tmp_path / "rows.npy", array), photos)
+        gu.benchmark.load_rows(saved(tmp_path / "rows.npy", array), photos)
 
 
-def test_a_file_that_is_not_there_is_said_with_the_kind_it_should_be(two, photos):
+def test_a_file_that_is_not_there_is_said_with_the_kind_it_should_be(photos):
     with pytest.raises(ValueError, match="nowhere.npy cannot be read .*No such file.* that numpy.save wrote"):
-        two.load_rows("nowhere.npy", photos)
+        gu.benchmark.load_rows("nowhere.npy", photos)
 
 
-def test_vectors_with_nan_are_refused_with_file_and_row(two, photos, tmp_path):
+def test_vectors_with_nan_are_refused_with_file_and_row(photos, tmp_path):
     file = saved(tmp_path / "broken.npy", np.where(np.arange(12)[:, None] == 4, np.nan, np.ones((12, 3))))
     with pytest.raises(ValueError, match="broken.npy: row 4 holds NaN"):
-        gu.unit_rows(two.load_rows(file, photos), file)
+        gu.benchmark.load_vectors(file, photos)
 
 
 CIRCLE = (np.arange(12)[:, None] + np.arange(5)) % 12  # each image first, then those that follow it
@@ -127,20 +122,25 @@ CIRCLE = (np.arange(12)[:, None] + np.arange(5)) % 12  # each image first, then 
         (np.roll(CIRCLE, 2, axis=0), "0% of the images are their own first neighbour.*row i belongs to image i"),
     ],
 )
-def test_lists_that_cannot_be_right_are_refused(two, photos, tmp_path, lists, message):
+def test_lists_that_cannot_be_right_are_refused(photos, tmp_path, lists, message):
     with pytest.raises(ValueError, match=message):
-        two.load_neighbours(saved(tmp_path / "lists.npy", lists), photos)
+        gu.benchmark.load_neighbours(saved(tmp_path / "lists.npy", lists), photos)
 
 
-def test_lists_with_or_without_the_query_and_of_any_whole_numbers_are_taken(two, photos, tmp_path):
+def test_lists_with_or_without_the_query_and_of_any_whole_numbers_are_taken(photos, tmp_path):
     for lists in (CIRCLE, CIRCLE[:, 1:], CIRCLE.astype(np.uint16), np.where(CIRCLE[:, -1:] == CIRCLE, -1, CIRCLE)):
-        assert two.load_neighbours(saved(tmp_path / "lists.npy", lists), photos).tolist() == lists.tolist()
+        taken = gu.benchmark.load_neighbours(saved(tmp_path / "lists.npy", lists), photos)
+        assert list(taken) == ["file:lists"] and taken["file:lists"].tolist() == lists.tolist()
+
+
+def test_no_file_means_that_nothing_of_another_program_takes_part(photos):
+    assert gu.benchmark.load_vectors("", photos) == gu.benchmark.load_neighbours("", photos) == {}
 
 
 def test_notebook_02_scores_the_files_of_another_program_like_its_own_encoder(folder, photos, tmp_path, results, cache):
     profile, out = results
     vectors = gu.embed_images(gu.load_encoder("pixels"), photos)
-    mine = {"profile": profile, "images": str(folder), "encoders": "pixels", "dimensions": 4}
+    mine = {"profile": profile, "images": str(folder), "encoders": "pixels"}
     mine["embeddings"] = saved(tmp_path / "theirs.npy", 3 * vectors.astype(np.float16))
     mine["indices"] = saved(tmp_path / "ranked.npy", nearest_first(vectors))
     run_here("02", mine)
@@ -149,6 +149,75 @@ def test_notebook_02_scores_the_files_of_another_program_like_its_own_encoder(fo
         values = {r["model"]: r["value"] for r in rows if r["metric"] == metric and r["group"] == "all"}
         for model in ("file:theirs", "file:ranked"):
             assert values[model] == pytest.approx(values["pixels"], abs=0.1), (model, metric)
+
+
+# --- notebook 02: new things and known ones, several encoders ---
+
+
+def known_of(source):
+    images = gu.benchmark.load_labelled(source)
+    return images, gu.benchmark.load_known(source, images)
+
+
+def test_new_pictures_of_the_drawn_world_ask_the_training_pictures_of_the_same_things(capsys):
+    _, known = known_of("mini")
+    asks = known.groups == "query"
+    assert asks.sum() == 1200 and set(known.groups) == {"query", "gallery"}
+    assert set(known.labels[asks]) == set(known.labels[~asks]) and len(set(known.labels)) == 240
+    train = gu.load_images("mini", "train")
+    things = {known.names[label] for label in known.labels}
+    assert things == {name for name in train.names if int(name.split()[1]) < 40}
+    digests = known.subset(asks).digests()
+    assert not set(digests) & set(known.subset(~asks).digests()), "pictures that were never trained on"
+    assert "1,200 queries, 2,562 images in the gallery: new pictures of things" in capsys.readouterr().out
+
+
+def test_half_of_each_class_asks_the_other_where_nothing_tells_queries_from_gallery(folder):
+    images, known = known_of(folder)
+    asks = known.groups == "query"
+    assert np.bincount(known.labels[asks]).tolist() == np.bincount(known.labels[~asks]).tolist() == [2, 2, 2]
+    assert known.images == images.images and images.groups is None, "the images themselves stay as they are"
+
+
+def test_a_class_of_one_image_is_in_the_gallery_alone():
+    assert gu.benchmark.halves(np.array([0, 1, 1, 1, 0, 2]), seed=0)[5] == "gallery"
+    assert (gu.benchmark.halves(np.arange(5), seed=0) == "gallery").all()
+
+
+@pytest.mark.parametrize("parts", [("query", "gallery"), ("test", "train")])
+def test_a_folder_s_own_queries_and_gallery_are_taken(folder, tmp_path, parts):
+    for i, part in enumerate(parts):
+        for path in sorted(folder.rglob("*.png")):
+            if (int(path.stem) == 3) != bool(i):
+                (tmp_path / "own" / part / path.parent.name).mkdir(parents=True, exist_ok=True)
+                (tmp_path / "own" / part / path.parent.name / path.name).write_bytes(path.read_bytes())
+    images = gu.load_images(tmp_path / "own", parts[0])
+    known = gu.benchmark.load_known(tmp_path / "own", images)
+    assert [path.stem for path, group in zip(known.images, known.groups, strict=True) if group == "query"] == ["3"] * 3
+    assert (known.groups == "gallery").sum() == 9 and [known.names[i] for i in range(3)] == ["blue", "green", "red"]
+
+
+def test_a_query_that_is_in_the_gallery_too_is_refused_with_its_name(folder, tmp_path):
+    for part in ("query", "gallery"):
+        for path in sorted(folder.rglob("*.png")):
+            (tmp_path / "own" / part / path.parent.name).mkdir(parents=True, exist_ok=True)
+            (tmp_path / "own" / part / path.parent.name / path.name).write_bytes(path.read_bytes())
+    with pytest.raises(ValueError, match="12 of 12 images .* are also in .*: each would find itself"):
+        known_of(tmp_path / "own")
+
+
+def test_two_encoders_of_one_short_name_are_refused_before_one_hides_the_other(folder, tmp_path):
+    files = [tmp_path / place / "epoch_3.safetensors" for place in "ab"]
+    for file in files:
+        file.parent.mkdir()
+        gu.save_checkpoint(gu.load_encoder("mini"), file)
+    with pytest.raises(ValueError, match="are called mini@epoch_3: rename a file"):
+        gu.benchmark.embed_each([f"mini@{file}" for file in files], gu.load_images(folder))
+
+
+def test_encoders_without_words_sit_questions_in_words_out(folder):
+    assert gu.benchmark.with_words(["pixels", "mini", "efficientnet_lite0:32"]) == ["mini"]
+    assert gu.benchmark.embed_texts_each([], ["a red square"]) == {}
 
 
 # --- notebook 07: a column is data, a task is a function ---

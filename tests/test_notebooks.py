@@ -252,9 +252,9 @@ def test_anyones_encoders_on_anyones_labelled_folder(folder, tmp_path, results, 
     """A real network among them."""
     profile, out = results
     encoders = ["random", "efficientnet_lite0", "pixels"]
-    run_here("02", {"profile": profile, "images": str(folder), "encoders": json.dumps(encoders), "dimensions": 4})
+    run_here("02", {"profile": profile, "images": str(folder), "encoders": json.dumps(encoders)})
     for model in encoders[:2]:
-        wanted = {"model": model, "metric": "mAP", "group": "all", "task": "image_to_image"}
+        wanted = {"model": model, "metric": "mAP", "group": "all", "task": "image_to_image", "split": "test"}
         assert value(out, "02_benchmark_encoders", **wanted)["value"] > 60
     run_here("01", {"profile": profile, "images": str(folder), "encoder": "pixels", "k": 3})
 
@@ -266,8 +266,8 @@ def test_broken_files_stop_neither_notebook(folder, tmp_path, results, cache):
     mine = {"profile": profile, "images": str(folder)}
     with pytest.warns(UserWarning, match="2 of 12 images cannot be read"):
         run_here("01", mine | {"k": 3})
-    run_here("02", mine | {"encoders": "pixels, mini", "dimensions": 4})
-    wanted = {"model": "mini", "metric": "mAP", "group": "all", "task": "image_to_image"}
+    run_here("02", mine | {"encoders": "pixels, mini"})
+    wanted = {"model": "mini", "metric": "mAP", "group": "all", "task": "image_to_image", "split": "test"}
     assert value(out, "02_benchmark_encoders", **wanted)["value"] > 60
 
 

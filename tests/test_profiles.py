@@ -175,7 +175,7 @@ def test_a_parameter_is_taken_as_what_its_default_is(notebook, name, given, valu
         ("02_benchmark_encoders", "encoders", None, "encoders must be text, not None"),
         ("05_average_soups", "checkpoints", '["a", "b"', 'checkpoints must be a list such as \\["one", "two"\\]'),
         ("05_average_soups", "method", "gredy", "method must be one of best, uniform, greedy, .*, not 'gredy'"),
-        ("02_benchmark_encoders", "dimensions", 0, "dimensions must be 1 or more"),
+        ("01_search_images", "k", 0, "k must be 1 or more"),
         ("05_average_soups", "recipe", {"rate": float("nan")}, "recipe.rate must be a number, not nan"),
         ("05_average_soups", "recipe", {"head": 64}, "recipe knows no head"),
         ("03_finetune_arcmargin", "recipe", "fast", "recipe must be a mapping such as {margin: 0.1}, not 'fast'"),
@@ -410,7 +410,6 @@ def course_in_small(folder):
 
 # What the small data sets are too small for, and what would only repeat: the profile sets everything else.
 SMALLER = {
-    "02_benchmark_encoders": {"dimensions": 8},
     "03_finetune_arcmargin": {"recipe": {"batch_size": 16, "epochs": 1.0}},
     "04_realign_text_mcip": {
         "recipe": {
@@ -484,7 +483,7 @@ def test_what_the_readme_says_about_fine_tuning_runs_in_small_as_it_is_written(s
     smaller = {"batch_size": 8, "epochs": 1.0, "warmup": 0.5}  # the small folder has 18 classes of 6 images
     for notebook, options in listed:
         options = re.sub(r"path/to/\w+/folder", str(birds), options)
-        more = ["-y", json.dumps({"recipe": smaller})] if notebook.startswith("03") else ["-p", "dimensions", "8"]
+        more = ["-y", json.dumps({"recipe": smaller})] if notebook.startswith("03") else []
         papermill(notebook, *shlex.split(options), *more)
     for profile in ("photos", "paper", "paper_guie"):
         about = json.loads((course / "runs" / profile / "03_arcmargin.json").read_text())

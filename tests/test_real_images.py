@@ -50,6 +50,7 @@ def test_both_notebooks_run_on_real_images(name, known, tmp_path, results):
     wanted = {
         "model": "timm:mobilenetv2_035@mobilenetv2_035",
         "task": "image_to_image",
+        "split": "test",
         "group": "all",
         "metric": "mAP",
     }

@@ -27,7 +27,7 @@ WRONG = {
             "def label_of_nearest(queries, gallery, labels):\n    return gu.search(queries, gallery, 1)[1][:, 0]",
             "def label_of_nearest(queries, gallery, labels):\n    return labels[gu.search(queries, gallery, 1)[1]]",
         ],
-        4: ["widths = 0.05", "widths = average_precision[best].interval()", "widths = [5.5, 2.5]"],
+        4: ["widths = 0.05", "widths = scores[chosen].interval()", "widths = [5.5, 2.5]"],
     },
     "03_finetune_arcmargin": {
         1: ["degrees = 45", "degrees = 45 - np.rad2deg(recipe['margin'])", "degrees = 0.6353"],
