@@ -44,7 +44,7 @@ SPLITS = {
     "captions": (5, 400, 1),
     "captions_validation": (6, 200, 1),
     "references": (7, 400, 1),
-    "known": (1, 40, 5),
+    "known": (1, 20, 5),
 }
 ASKED = ("captions", "captions_validation")  # here no two finest captions are alike, and no other split has them
 FINEST_ALONE = (*ASKED, "references", "bank")  # one caption an image; elsewhere five
