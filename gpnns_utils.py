@@ -69,6 +69,7 @@ ELSEWHERE = {
     "checkpoints": ("load_checkpoint",),
     "soups": (),
     "benchmark": (),
+    "hubs": (),
     "parameters": ("take_parameters",),
     "training": (),
     "claims_table": (),

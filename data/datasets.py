@@ -837,7 +837,7 @@ def load_splits(train_images: str | Path, test_images: str | Path = "", seed: in
 def asked_by_name(images: ImageSet) -> ImageSet:
     """The same images, the name of its class as the caption of each that has none."""
     told = [[text for text in texts if text.strip()] for texts in images.captions or [[]] * len(images)]
-    names = [[images.names[label]] for label in images.labels]
+    names = [[]] * len(images) if images.labels is None else [[images.names[label]] for label in images.labels]
     captions = [texts or name for texts, name in zip(told, names, strict=True)]
     return replace(images, captions=captions, left_out=list(images.left_out))
 

@@ -4,7 +4,7 @@ import faiss
 import numpy as np
 import pytest
 import torch
-from conftest import lift, unit
+from conftest import unit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nnn import BaseRanker, BaseRetriever, NNNRanker, NNNRetriever
@@ -151,17 +151,6 @@ def test_one_more_dimension_gives_the_corrected_ranking_in_any_index_for_inner_p
     else:
         np.testing.assert_array_equal(found, rows)
         np.testing.assert_allclose(found_scores, scores, atol=1e-6)
-
-
-def test_the_score_matrix_of_notebook_06_ranks_and_search_agree():
-    rng = np.random.default_rng(5)
-    gallery, queries = 3 * unit(rng, 80, 12), 5 * unit(rng, 20, 12)
-    bias = gu.hub_bias(gallery, unit(rng, 30, 12), 4)
-    matrix = lift("06").score_matrix(queries, gallery, bias)
-    scores, rows = gu.search(queries, gallery, 80, bias=bias)
-    np.testing.assert_allclose(np.take_along_axis(matrix, rows, axis=1), scores, atol=1e-6)
-    ranks = gu.rank_relevant(queries, gallery, rows[:, 6:7], bias=bias)
-    assert (ranks == 7).all()
 
 
 def test_equal_scores_come_in_the_order_of_their_rows(small_tiles):

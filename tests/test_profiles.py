@@ -74,7 +74,7 @@ def test_a_profile_takes_the_place_of_defaults_and_of_nothing_else(capsys):
     expected = DEFAULTS[notebook] | PROFILES["gpu"]["notebooks"][notebook] | {"profile": "gpu"}
     assert taken(notebook, "gpu") == expected
     assert "profile gpu sets " in capsys.readouterr().out
-    mine = {"train_images": "photos", "depth": 5}
+    mine = {"train_images": "photos", "reference_images": 5}
     assert taken(notebook, "gpu", **mine) == expected | mine
     assert taken(notebook) == DEFAULTS[notebook] | {"profile": "mini"}
 
@@ -419,7 +419,6 @@ SMALLER = {
         }
     },
     "05_average_soups": {"recipe": {"batch_size": 8, "epochs": 1.5}},
-    "06_normalize_neighbors_nnn": {"depth": 3},
 }
 
 
