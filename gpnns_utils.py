@@ -70,6 +70,7 @@ ELSEWHERE = {
     "soups": (),
     "benchmark": (),
     "hubs": (),
+    "tables": (),
     "parameters": ("take_parameters",),
     "training": (),
     "claims_table": (),

@@ -636,11 +636,12 @@ def add_head(encoder: Encoder, dim: int | None = None, before_projection: bool =
     return Encoder(encoder.name, encoder.preprocess, tower, None, encoder.device, model, origin)
 
 
-def as_in_paper(encoder: Encoder) -> Encoder:
+def as_in_paper(encoder: Encoder, one_embedding: bool = False) -> Encoder:
     """The encoder for images as GP-NNS trains and evaluates it: features before CLIP's projection, of the centre of a square
     of 1.125 times the size, and for OpenAI's weights the mean and deviation of ImageNet's pixels instead of CLIP's.
 
-    A model without weights or a known preprocessing stays as it is, and so does GP-NNS's own release, which says how.
+    one_embedding: the embedding that it shares with text, and its own mean and deviation, so that the same encoder serves
+    images and texts. One that has a head, or leaves the projection out already, keeps its features. A model without weights or a known preprocessing stays as it is, and so does GP-NNS's own release, which says how.
     """
     from torchvision import transforms
 
@@ -648,9 +649,10 @@ def as_in_paper(encoder: Encoder) -> Encoder:
     norm = next((step for step in steps if isinstance(step, transforms.Normalize)), None)
     if encoder.name.startswith("gpnns:") or norm is None:
         return encoder
-    if encoder.origin.get("encoder", "").endswith("/openai"):
+    if encoder.origin.get("encoder", "").endswith("/openai") and not one_embedding:
         norm = transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    if getattr(getattr(encoder.model, "visual", None), "proj", None) is not None:
+    its_own = one_embedding or encoder.origin.get("before_projection") or encoder.origin.get("head")
+    if getattr(getattr(encoder.model, "visual", None), "proj", None) is not None and not its_own:
         encoder = add_head(encoder, before_projection=True)
     size = encoder.image_size
     square = transforms.Resize((int(1.125 * size),) * 2, transforms.InterpolationMode.BICUBIC)

@@ -147,10 +147,16 @@ def rebuild_solution(path: Path) -> None:
     notebook.cells = [part for cell in notebook.cells for part in (cell, *answers.get(cell.id, []))]
     known = {(cell.id, cell.source): cell for cell in before}
     for cell in notebook.cells:
+        cell.source = in_solutions(cell.source) if cell.cell_type == "markdown" else cell.source
         if cell.cell_type == "code":
             same = known.get((cell.id, cell.source), {})
             cell.outputs, cell.execution_count = same.get("outputs", []), same.get("execution_count")
     nbformat.write(notebook, solution)
+
+
+def in_solutions(text: str) -> str:
+    """Prose of a notebook as its solution has it, one folder further down: links to solutions lead to where they are."""
+    return text.replace("](solutions/", "](")
 
 
 def main() -> int:

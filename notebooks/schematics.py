@@ -258,6 +258,24 @@ def hubs() -> plt.Axes:
     return axis
 
 
+def tabulating() -> plt.Axes:
+    """07: a cell is an encoder and a column, is measured once, and stands beside a published number or beside nothing."""
+    axis = canvas(9, 3.0)
+    box(axis, 1.15, 2.2, "encoder", FIXED, 1.5, 0.6)
+    box(axis, 1.15, 1.0, "column", PLAIN, 1.5, 0.6)
+    note(axis, 1.15, 0.42, "images, gallery, task, metric", 9.5)
+    for y in (2.2, 1.0):
+        arrow(axis, (1.92, y), (2.68, 1.6 + 0.18 * (y > 1.6) - 0.18 * (y < 1.6)))
+    box(axis, 3.5, 1.6, "cell: a score\nand its interval", PLAIN, 1.6, 0.8)
+    note(axis, 3.5, 0.9, "kept in a file,\nmeasured once", 9.5)
+    arrow(axis, (4.32, 1.6), (5.0, 1.6))
+    box(axis, 5.85, 1.6, "beside the\npublished number", PLAIN, 1.65, 0.8)
+    for y, text, color in ((2.4, "✓ agrees", RIGHT), (1.6, "✗ differs", WRONG), (0.8, "not run", "#777777")):
+        arrow(axis, (6.7, 1.6), (7.35, y))
+        note(axis, 8.0, y, text, 11, color)
+    return axis
+
+
 SCHEMATICS = {
     "01_search_images": searching,
     "02_benchmark_encoders": measuring,
@@ -265,6 +283,7 @@ SCHEMATICS = {
     "04_realign_text_mcip": keeping_text,
     "05_average_soups": soup,
     "06_normalize_neighbors_nnn": hubs,
+    "07_reproduce_papers": tabulating,
 }
 
 

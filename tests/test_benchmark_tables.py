@@ -11,7 +11,7 @@ import pytest
 import test_datasets as in_small
 import timm
 import torch
-from conftest import FOLDER, execute, lift, run_here, text_of
+from conftest import FOLDER, execute, run_here, text_of
 from PIL import Image
 from sklearn.metrics import average_precision_score
 from sklearn.neighbors import KNeighborsClassifier
@@ -225,7 +225,7 @@ def test_encoders_without_words_sit_questions_in_words_out(folder):
 
 @pytest.fixture(scope="module")
 def seven():
-    return lift("07")
+    return gu.tables
 
 
 @pytest.fixture(scope="module")
@@ -517,12 +517,22 @@ def test_avg_is_a_number_only_over_all_columns(seven):
     assert seven.average([None, None]) == "over 0 of 2"
 
 
-def test_differences_need_both_numbers_and_a_partial_mean_is_beside_the_mean_of_the_same_columns(seven):
-    ours, theirs = {"a": 51.0, "b": None, "c": 0.0}, {"a": 50.0, "b": 90.0, "c": None, "avg": 70.0}
-    assert seven.differences_to(ours, theirs) == {"a": 1.0, "b": None, "c": None}
-    mine, known, difference = seven.beside("x", ours, theirs)
-    assert mine["AVG"] == "25.5 over 2 of 3" and known["AVG"] == "50.0 over 1 of 3" and difference["a"] == 1.0
-    assert len(seven.beside("x", ours, {})) == 1
+def test_every_published_cell_agrees_differs_or_was_not_run(seven):
+    large, small = "open_clip:ViT-L-14-336/openai", "open_clip:ViT-B-16/openai"
+    ours = {large: {"gpr1200_map": 75.6, "cub_r1": 77.6, "sop_r1": None}, "mini": {"gpr1200_map": 76.0}}
+    lines = {line["model"]: line for line in seven.verdicts("gpnns", ours)}
+    assert len(lines) == 8 and all(len(line) == 16 for line in lines.values())
+    base = lines["CLIP ViT-L"]
+    assert base["gpr1200_map"] == "76.0 ✓ 75.6" and base["cub_r1"] == "77.0 ✗ 77.6"
+    assert base["sop_r1"] == "67.8 –" and lines["CLIP ViT-L, ArcMargin"]["cub_r1"] == "88.2 –"
+    everything = {small: seven.published_rows("gpnns")[small]}
+    marks = {
+        line["model"]: {str(cell).split()[1] for name, cell in line.items() if name != "model"}
+        for line in seven.verdicts("gpnns", everything)
+    }
+    assert marks.pop("CLIP ViT-B") == {"✓"} and set().union(*marks.values()) == {"–"}
+    labels = [line["model"] for line in seven.verdicts("mcip", {})]
+    assert len(set(labels)) == 9 and labels[4] == "OpenAI ViT-L/14@336, mcip, realigned"
 
 
 @pytest.mark.parametrize("table", ["gpnns", "mcip"])
@@ -534,15 +544,6 @@ def test_published_rows_are_those_before_fine_tuning_or_of_the_release(seven, ta
         assert rows["gpnns:ViT-L"]["avg"] == 77.3 and rows["timm:vit_base_patch16_224.augreg_in21k"]["avg"] == 54.7
     else:
         assert [row["avg"] for row in rows.values()] == [67.2, 70.5, 76.2]
-
-
-def test_earlier_results_count_where_task_split_and_metric_are_the_same(seven, tmp_path):
-    row = {"model": "mini", "task": "image_to_image", "split": "test", "group": "all", "metric": "mAP", "value": 52.0}
-    others = [row | {"group": "faces"}, row | {"metric": "R@1"}, row | {"model": "tuned"}, row | {"split": "other"}]
-    shifted = row | {"split": "shifted", "value": 17.0}
-    (tmp_path / "03_finetune_arcmargin.json").write_text(json.dumps({"rows": [*others, row, shifted]}))
-    known = seven.earlier_results("mini", seven.mini_columns(), tmp_path)
-    assert known == {"image to image mAP": 52.0, "image to image mAP, shifted": 17.0}
 
 
 # --- notebook 07: the papers' protocol for pictures and features ---
@@ -566,6 +567,40 @@ def test_weights_of_openai_get_the_mean_of_imagenet_and_encoders_without_a_model
     assert gu.encoders.as_in_paper(openai).preprocess.transforms[-1].mean == (0.485, 0.456, 0.406)
     pixels = gu.load_encoder("pixels")
     assert gu.encoders.as_in_paper(pixels) is pixels
+
+
+def test_one_embedding_serves_images_and_texts_of_an_encoder_with_weights_of_its_own(mini, folder, cache, tmp_path):
+    """In a table with columns of both; without texts, and without weights of its own, images have the features before it."""
+    one = gu.encoders.as_in_paper(mini, one_embedding=True)
+    assert one.text_tower is not None and one.dim == mini.dim
+    openai = gu.encoders.as_in_paper(replace(mini, origin={"encoder": "open_clip:ViT-B-16/openai"}), True)
+    assert openai.preprocess.transforms[-1].mean == mini.preprocess.transforms[-1].mean, "one mean throughout"
+    images, texts = ("i", "s:test", "", "image_to_image", "mAP"), ("t", "s:test", "", "zero_shot", "accuracy")
+    sets = {"s:test": gu.load_images(folder)}
+    notes, own = {"s:test": gu.tables.list_digest(sets["s:test"])}, tmp_path / "own.safetensors"
+    gu.save_checkpoint(mini, own)
+    values = {}
+    for name in ("mini", f"mini@{own}"):
+        for columns in ([images], [images, texts]):
+            cells = gu.tables.measure_table([name], columns, sets, notes, "paper", tmp_path / "cells")
+            values[name[:5], len(columns)] = cells[name, "i"]["row"]["value"]
+    vectors = {f: gu.embed_images(gu.encoders.as_in_paper(mini, f), sets["s:test"], cache=False) for f in (True, False)}
+    expected = {f: 100 * oracle(v, sets["s:test"].labels, leave_out_query=True) for f, v in vectors.items()}
+    assert values["mini@", 2] == pytest.approx(expected[True], abs=0.01)
+    for other in (("mini@", 1), ("mini", 1), ("mini", 2)):
+        assert values[other] == pytest.approx(expected[False], abs=0.01), other
+
+
+def test_a_checkpoint_with_a_head_keeps_its_features_and_does_not_stop_a_table(mini, folder, cache, tmp_path):
+    for before in (False, True):
+        with_head = gu.add_head(gu.load_encoder("mini", "cpu"), 16, before)
+        gu.save_checkpoint(with_head, tmp_path / f"{before}.safetensors", before_projection=before)
+    sets = {"s:test": gu.load_images(folder)}
+    notes, columns = {"s:test": gu.tables.list_digest(sets["s:test"])}, [("i", "s:test", "", "image_to_image", "mAP")]
+    names = [f"mini@{tmp_path}/{before}.safetensors" for before in (False, True)]
+    cells = gu.tables.measure_table(names, columns, sets, notes, "paper", tmp_path / "cells")
+    assert all("row" in cells[name, "i"] for name in names)
+    assert gu.encoders.as_in_paper(gu.load_encoder(names[0], "cpu")).dim == 16
 
 
 # --- notebook 07: whole tables on the data sets in small ---
@@ -601,7 +636,7 @@ def test_the_notebook_measures_the_part_of_a_paper_that_is_there_and_says_what_i
         if (REAL_CACHE / part).exists():
             (tmp_path / "cache").mkdir(exist_ok=True)
             (tmp_path / "cache" / part).symlink_to(REAL_CACHE / part)
-    for name in {column[1].split(":")[0] for column in lift("07").gpnns_columns()} - {"imagenet"}:
+    for name in {column[1].split(":")[0] for column in gu.tables.gpnns_columns()} - {"imagenet"}:
         in_small.BUILDERS[name](data / name)  # too small to be the real ones, but for Adience, which has no counts
     parameters = {"profile": profile, "table": "gpnns", "encoders": ["mini", "pixels"]}
     said = text_of(execute(FOLDER / "07_reproduce_papers.ipynb", tmp_path / "o.ipynb", parameters))
@@ -618,7 +653,7 @@ def test_the_notebook_measures_the_part_of_a_paper_that_is_there_and_says_what_i
 
 
 def test_a_licence_is_what_the_library_states_and_else_a_place_to_look(seven):
-    assert seven.licence_of("mini") == seven.licence_of("arcmargin") == "MIT"
+    assert seven.licence_of("mini") == seven.licence_of("mini@arcmargin") == "MIT"
     for name in ("timm:vit_large_patch16_dinov3.lvd1689m", "timm:vit_base_patch16_224.augreg_in21k"):
         assert seven.licence_of(name) == timm.get_pretrained_cfg(name[5:]).license
     assert seven.licence_of("open_clip:ViT-H-14-worldwide/metaclip2_worldwide") == "cc-by-nc-4.0"

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import lift
 from PIL import Image
 from scipy.io import savemat
 
@@ -737,7 +736,7 @@ def test_revisited_ground_truth_reads_alike_from_pickle_and_matlab(kind, data, m
     gallery = gu.load_images("roxford", "gallery")
     assert [path.stem for path in gallery.images] == TRUTH["imlist"]
     eye = np.eye(4, dtype=np.float32)
-    protocol = lift("07").revisited_map
+    protocol = gu.tables.revisited_map
     assert protocol(eye[[1, 2]], eye[:3], truth, "easy").mean == protocol(eye[[1, 2]], eye[:3], truth, "hard").mean == 1
 
 

@@ -17,7 +17,7 @@ import pytest
 import test_datasets as in_small
 import timm
 import yaml
-from conftest import lift, load_module
+from conftest import load_module
 from PIL import Image
 
 import gpnns_utils as gu
@@ -262,7 +262,7 @@ def encoders_of(values):
 
 @pytest.mark.parametrize("name", [name for name in PROFILES if name != "mini"])
 def test_every_encoder_of_a_profile_exists_in_the_installed_libraries(name):
-    seven = lift("07")
+    seven = gu.tables
     for values in PROFILES[name]["notebooks"].values():
         for encoder in encoders_of(values):
             kind, _, rest = encoder.partition(":")
@@ -292,7 +292,7 @@ def test_todays_encoders_are_beside_those_of_the_papers_in_notebook_02(name):
 
 
 def test_the_tables_of_the_papers_are_measured_with_the_papers_encoders():
-    seven = lift("07")
+    seven = gu.tables
     for profile in ("gpu", "paper", "paper_mcip"):
         values = PROFILES[profile]["notebooks"]["07_reproduce_papers"]
         assert set(values["encoders"]) <= set(seven.published_rows(values["table"])), profile

@@ -32,9 +32,43 @@ def test_every_heading_a_reader_looks_for_is_there():
         assert wanted in headings, wanted
 
 
-def test_every_link_and_picture_is_in_the_project():
-    for target in re.findall(r"\]\(([^)#:]+)\)", README):
-        assert (gu.HERE / target).exists(), target
+PAGES = [*gu.HERE.glob("*.md"), gu.DATA / "README.md", *sorted((gu.HERE / "notebooks").glob("**/[0-9]*.ipynb"))]
+
+
+def text_of_page(path):
+    """The prose of a page; of a notebook, that of its cells."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".ipynb":
+        cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "markdown"]
+        text = "\n\n".join("".join(cell["source"]) for cell in cells)
+    return re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
+
+
+def anchors_of(path):
+    """What GitHub makes of the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", text_of_page(path), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: "/".join(path.parts[-2:]))
+def test_every_relative_link_and_anchor_leads_somewhere(path):
+    for target in re.findall(r"\]\(([^)\s]+)\)", text_of_page(path)):
+        if not re.match(r"[a-z]+:", target):
+            file, _, anchor = target.partition("#")
+            other = path if not file else path.parent / file
+            assert other.exists(), target
+            assert not anchor or anchor in anchors_of(other), target
+
+
+def test_a_link_to_nowhere_and_to_no_heading_is_found(tmp_path):
+    (tmp_path / "a.md").write_text("# A page: first\n[one](#a-page-first) [two](#other) [three](b.md)")
+    for target, fault in (("#a-page-first", False), ("#other", True), ("b.md", True)):
+        (tmp_path / "a.md").write_text(f"# A page: first\n[link]({target})")
+        if fault:
+            with pytest.raises(AssertionError):
+                test_every_relative_link_and_anchor_leads_somewhere(tmp_path / "a.md")
+        else:
+            test_every_relative_link_and_anchor_leads_somewhere(tmp_path / "a.md")
 
 
 def test_every_make_command_is_a_target():
