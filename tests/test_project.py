@@ -53,7 +53,7 @@ def test_the_top_level_holds_what_the_design_names():
         "data",
         "tests",
     }
-    assert top <= allowed | {".ci", ".github", ".gitignore", "LICENSE"}
+    assert top <= allowed | {".ci", ".github", ".gitignore", "LICENSE", "CHANGELOG.md", "CITATION.cff"}
 
 
 def test_the_module_stays_one_that_a_student_reads_in_one_sitting():
