@@ -24,8 +24,6 @@ from gpnns_utils import mini_world
 
 FOLDER = gu.HERE / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("[0-9][0-9]_*.ipynb"))
-# Told again as lessons, which tests hold to what a reader can follow; the list grows until it holds all of them.
-RETOLD = [path for path in NOTEBOOKS if path.stem[:2] in ("01", "02", "03", "04", "05", "06", "07")]
 
 
 def pytest_configure(config):

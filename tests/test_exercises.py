@@ -9,7 +9,7 @@ import sys
 
 import nbformat
 import pytest
-from conftest import RETOLD, load_module
+from conftest import load_module
 from wrong_answers import WRONG
 
 import gpnns_utils as gu
@@ -84,7 +84,7 @@ def test_the_ids_of_a_solution_are_unique(path):
     assert len({cell.id for cell in cells}) == len(cells)
 
 
-@pytest.mark.parametrize("path", RETOLD, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", PATHS, ids=ids)
 def test_a_solution_shows_its_own_run_in_which_every_check_says_right(path):
     cells = [cell for cell in read(solution_of(path)) if cell.cell_type == "code"]
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), "`run.py --render`"

@@ -15,7 +15,7 @@ import papermill as pm
 import pytest
 import timm
 import torch
-from conftest import FOLDER, NOTEBOOKS, RETOLD, execute, run_here, text_of, value, write_notebook
+from conftest import FOLDER, NOTEBOOKS, execute, run_here, text_of, value, write_notebook
 from PIL import Image
 from safetensors.torch import load_file
 from wrong_answers import WRONG
@@ -48,9 +48,6 @@ def test_the_course_has_its_notebooks():
         "06_normalize_neighbors_nnn",
         "07_reproduce_papers",
     ]
-
-
-FORMER = [path for path in PATHS if path not in RETOLD]
 
 
 @pytest.mark.parametrize("path", PATHS, ids=ids)
@@ -88,7 +85,7 @@ def pictures_shown(path):
     ]
 
 
-@pytest.mark.parametrize("path", RETOLD, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", PATHS, ids=ids)
 def test_a_lesson_stays_within_what_a_reader_can_follow(path):
     code = code_cells(path)
     assert len(code) <= 60
@@ -106,43 +103,12 @@ def test_a_lesson_stays_within_what_a_reader_can_follow(path):
     assert len(fillers) <= 3, fillers
 
 
-@pytest.mark.parametrize("path", RETOLD, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", PATHS, ids=ids)
 def test_a_lesson_has_no_guards_and_asks_no_input_what_it_is(path):
     """What a cell calls checks; a comparison inside an expression is fine where it draws or counts."""
     trees = [ast.parse(cell.source) for cell in code_cells(path)[1:] if not cell.id.startswith("check-")]
     nodes = [node for tree in trees for node in ast.walk(tree)]
     assert not [ast.unparse(node) for node in nodes if isinstance(node, ast.Raise | ast.Assert | ast.If | ast.Try)]
-
-
-@pytest.mark.parametrize("path", FORMER, ids=lambda path: path.stem)
-def test_a_notebook_that_is_not_yet_told_again_stays_small(path):
-    assert max(len(lines(cell)) for cell in code_cells(path)) <= 25 and path.stat().st_size < 300 * 1024
-
-
-def shows_a_picture(cell):
-    """A code cell with a picture among its committed outputs, or one that draws outside of a function."""
-    drawing = {"gu.show_images", "gu.show_neighbors", "gu.as_jpeg", "plt.show"}
-    run = [node for node in ast.parse(cell.source).body if not isinstance(node, ast.FunctionDef | ast.ClassDef)]
-    calls = [part for node in run for part in ast.walk(node) if isinstance(part, ast.Call)]
-    kinds = [kind for output in cell.outputs for kind in output.get("data", {})]
-    return any(kind.startswith("image/") for kind in kinds) or bool(
-        drawing & {ast.unparse(call.func) for call in calls}
-    )
-
-
-@pytest.mark.parametrize("path", FORMER, ids=lambda path: path.stem)
-def test_every_figure_stands_between_what_to_look_for_and_what_was_seen(path):
-    """Before: a question, or a word that directs the eye. After: a sentence in italics, which is the figure's alt text."""
-    everything = cells(path)
-    figures = [i for i, cell in enumerate(everything) if cell.cell_type == "code" and shows_a_picture(cell)]
-    assert figures
-    for i in figures:
-        before, after = everything[i - 1], everything[i + 1]
-        to_look_for = re.search(r"\?|\b(look|compare|watch|read|check)\b", before.source, re.I)
-        assert before.cell_type == "markdown" and to_look_for, f"what to look for in {everything[i].source}"
-        assert after.cell_type == "markdown", f"a caption of {everything[i].source}"
-        caption = re.fullmatch(r"\*[^*](.+)[.?]\*", after.source, re.S)
-        assert caption and len(caption[1].split()) >= 8, f"a caption of {everything[i].source}"
 
 
 @pytest.mark.parametrize("path", PATHS, ids=ids)

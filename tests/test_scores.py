@@ -5,7 +5,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
-from conftest import lift, unit
+from conftest import unit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
@@ -16,7 +16,7 @@ from threadpoolctl import threadpool_limits
 
 import gpnns_utils as gu
 
-REVISITED = lift("07")  # the notebook defines the protocols of revisited Oxford and Paris
+REVISITED = gu.tables  # the notebook defines the protocols of revisited Oxford and Paris
 
 TOY = np.array([[1.0, 3.0, 6.0, 8.0]])  # relevant at ranks 1, 3, 6, 8 of 8
 
