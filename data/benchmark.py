@@ -5,8 +5,6 @@ images -> those with a gallery of their own -> embeddings of each encoder -> vec
 
 from __future__ import annotations
 
-import contextlib
-import io
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,21 +20,12 @@ from gpnns_utils import datasets
 def load_labelled(source: str | Path) -> gu.ImageSet:
     """The images of a source, whose labels say what is right: its split "test", or its "gallery" where it has no other than
     that and "query". ValueError without labels."""
-    images = gu.load_images(source, "gallery" if has_queries(source) and not has(source, "test") else "test")
+    images = gu.load_images(
+        source, "gallery" if has_queries(source) and not datasets.has_split(source, "test") else "test"
+    )
     if images.labels is None:
         raise ValueError(f"{source} {datasets.NO_LABELS}")
     return images
-
-
-def has(source: str | Path, split: str) -> bool:
-    """Whether a source has a split of that name."""
-    if str(source) in datasets.TABLE and not Path(source).exists():
-        return split in datasets.TABLE[str(source)]["splits"]
-    return str(source) != "mini" and gu.own_images.has_split(Path(source).expanduser(), split)
-
-
-def has_queries(source: str | Path) -> bool:
-    return has(source, "query") and has(source, "gallery")
 
 
 def load_known(source: str | Path, images: gu.ImageSet, seed: int = 0) -> gu.ImageSet:
@@ -47,32 +36,31 @@ def load_known(source: str | Path, images: gu.ImageSet, seed: int = 0) -> gu.Ima
     else half of each class of `images` is asked by the other half. Prints which it was.
     Raises ValueError when a picture is on both sides.
     """
-    how = "other pictures of things in the gallery ask it"
-    with contextlib.redirect_stdout(io.StringIO()):
-        if images.name.startswith("mini "):
-            queries, gallery = gu.load_images("mini", "known"), gu.load_images("mini", "train")
-            known = {queries.names[label] for label in np.unique(queries.labels)}
-            gallery = gallery.subset([gallery.names[label] in known for label in gallery.labels])
-            how = "new pictures of things that notebook 03 trains on ask the training pictures"
-        else:
-            queries, gallery = (
-                gu.load_images(source, s) if has_queries(source) else None for s in ("query", "gallery")
-            )
-            if not queries and str(source) not in datasets.TABLE and has(source, "train"):
-                train = gu.load_images(source, "train")
-                if train.labels is not None and datasets.question_of(train, images, "") == "closed":
-                    queries, gallery = images, train
-    if queries and gallery:
-        both = joined(datasets.check_apart(datasets.with_labels_of(gallery, queries), gallery), gallery)
+    queries, gallery, how = None, None, "other pictures of things in the gallery ask it"
+    if images.name.startswith("mini "):
+        queries, gallery = gu.load_images("mini", "known"), gu.load_images("mini", "train")
+        known = {queries.names[label] for label in np.unique(queries.labels)}
+        gallery = gallery.subset([gallery.names[label] in known for label in gallery.labels])
+        how = "new pictures of things that notebook 03 trains on ask the training pictures"
+    elif has_queries(source):
+        queries, gallery = (gu.load_images(source, split) for split in ("query", "gallery"))
     else:
-        both, how = (
-            replace(images, left_out=[], groups=halves(images.labels, seed)),
-            "half of each class asks the other",
-        )
-    print(
-        f"{(both.groups == 'query').sum():,} queries, {(both.groups == 'gallery').sum():,} images in the gallery: {how}"
-    )
+        train = None if str(source) in datasets.TABLE else datasets.load_beside(source, "train")
+        if train and train.labels is not None and datasets.question_of(train, images, "") == "closed":
+            queries, gallery = images, train
+    if queries is None:
+        how = "half of each class asks the other"
+        both = replace(images, left_out=list(images.left_out), groups=halves(images.labels, seed))
+    else:
+        both = joined(datasets.check_apart(datasets.with_labels_of(gallery, queries), gallery), gallery)
+    asks = int((both.groups == "query").sum())
+    print(f"{asks:,} queries, {len(both) - asks:,} images in the gallery: {how}")
     return both
+
+
+def has_queries(source: str | Path) -> bool:
+    """Whether a source tells queries and gallery apart itself; the drawn world does so by its splits."""
+    return str(source) != "mini" and all(datasets.has_split(source, split) for split in ("query", "gallery"))
 
 
 def halves(labels: np.ndarray, seed: int) -> np.ndarray:
@@ -94,6 +82,7 @@ def joined(queries: gu.ImageSet, gallery: gu.ImageSet) -> gu.ImageSet:
         labels=np.concatenate([queries.labels, gallery.labels]),
         groups=np.repeat(["query", "gallery"], [len(queries), len(gallery)]),
         names=gallery.names,
+        left_out=[*queries.left_out, *gallery.left_out],
         crops=None if queries.crops is None and gallery.crops is None else np.concatenate(whole),
     )
 

@@ -844,13 +844,17 @@ def asked_by_name(images: ImageSet) -> ImageSet:
 
 def load_beside(source: str | Path, split: str) -> ImageSet | None:
     """Another split of the same source, or None where it has none."""
-    if all(part.strip().partition(":")[0] in TABLE for part in str(source).split(" + ")) and not Path(source).exists():
-        known = " + " not in str(source) and ":" not in str(source) and split in TABLE[str(source)]["splits"]
-        return load(source, split) if known else None
-    if not gu.own_images.has_split(Path(source).expanduser(), split):
+    if not has_split(source, split):
         return None
     images = load(source, split)
-    return replace(images, name=f"{images.name} {split}")
+    return images if images.name.endswith(f" {split}") else replace(images, name=f"{images.name} {split}")
+
+
+def has_split(source: str | Path, split: str) -> bool:
+    """Whether a data set, a folder or a table has a split of that name; not asked of several sets, or of a split itself."""
+    if all(part.strip().partition(":")[0] in TABLE for part in str(source).split(" + ")) and not Path(source).exists():
+        return str(source) in TABLE and split in TABLE[str(source)]["splits"]
+    return gu.own_images.has_split(Path(source).expanduser(), split)
 
 
 def question_of(train: ImageSet, other: ImageSet, mixed: str | None = None) -> str:

@@ -641,7 +641,8 @@ def as_in_paper(encoder: Encoder, one_embedding: bool = False) -> Encoder:
     of 1.125 times the size, and for OpenAI's weights the mean and deviation of ImageNet's pixels instead of CLIP's.
 
     one_embedding: the embedding that it shares with text, and its own mean and deviation, so that the same encoder serves
-    images and texts. One that has a head, or leaves the projection out already, keeps its features. A model without weights or a known preprocessing stays as it is, and so does GP-NNS's own release, which says how.
+    images and texts. One that has a head, or leaves the projection out already, keeps its features. A model without
+    weights or a known preprocessing stays as it is, and so does GP-NNS's own release, which says how.
     """
     from torchvision import transforms
 

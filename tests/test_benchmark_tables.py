@@ -179,6 +179,20 @@ def test_half_of_each_class_asks_the_other_where_nothing_tells_queries_from_gall
     assert known.images == images.images and images.groups is None, "the images themselves stay as they are"
 
 
+def test_files_that_were_left_out_of_queries_or_gallery_stay_named(folder):
+    one, other = gu.load_images(folder).subset(np.arange(4)), gu.load_images(folder).subset(np.arange(4, 12))
+    one.left_out, other.left_out = ["a.png"], ["b.png"]
+    assert gu.benchmark.joined(one, other).left_out == ["a.png", "b.png"]
+
+
+def test_hubness_is_noted_under_the_encoder_whose_texts_asked(folder, results, cache):
+    profile, out = results
+    run_here("02", {"profile": profile, "images": str(folder), "encoders": "mini, pixels"})
+    rows = json.loads((out / "02_benchmark_encoders.json").read_text())["rows"]
+    noted = {row["task"]: row["model"] for row in rows if row["metric"] == "hubness skewness"}
+    assert noted == {"image_to_image": "pixels", "text_to_image": "mini"}
+
+
 def test_a_class_of_one_image_is_in_the_gallery_alone():
     assert gu.benchmark.halves(np.array([0, 1, 1, 1, 0, 2]), seed=0)[5] == "gallery"
     assert (gu.benchmark.halves(np.arange(5), seed=0) == "gallery").all()
