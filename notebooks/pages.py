@@ -1,6 +1,6 @@
 """The notebooks as a site to read, with the outputs they were committed with: `python notebooks/pages.py`.
 
-Pages go to build/site: the README as index.html and one for each notebook. They need no network: styles and figures lie
+Pages go to build/site: the README as index.html, how to run the notebooks, and one for each notebook. They need no network: styles and figures lie
 in the pages, formulas are MathML, scripts there are none. Solutions are left out.
 """
 
@@ -19,6 +19,7 @@ ROOT = FOLDER.parent
 SITE = ROOT / "build" / "site"
 REPOSITORY = "https://github.com/gpnns/gpnns/blob/main"
 BACK = "[All notebooks](../README.md)"
+TEXTS = {ROOT / "README.md": "index.html", FOLDER / "README.md": "running_the_notebooks.html"}
 
 # The template of JupyterLab's export without its scripts, in one column that also fits a phone.
 TEMPLATE = """{%- extends 'index.html.j2' -%}
@@ -48,6 +49,11 @@ class PageRenderer(IPythonRenderer):
     def block_math(self, body: str) -> str:
         return convert(body, display="block")
 
+    def heading(self, text: str, level: int, **attrs) -> str:
+        """With GitHub's anchors, which the links in the texts name: small letters, hyphens, no other punctuation."""
+        html = super().heading(text, level, **attrs)
+        return re.sub(r'(?<=id=")[^"]*|(?<=href="#)[^"]*', lambda name: github_anchor(name[0]), html)
+
     def link(self, text: str, url: str, title: str | None = None) -> str:
         return super().link(text, site_link(url, Path(self.path)), title)
 
@@ -56,10 +62,16 @@ def site_link(url: str, folder: Path) -> str:
     """Where a link of a file in `folder` leads on the site: a page, or the repository for what has none."""
     if re.match(r"\w+:|#", url):
         return url
-    target = (folder / url).resolve()
-    if target == ROOT / "README.md":
-        return "index.html"
+    file, _, anchor = url.partition("#")
+    target = (folder / file).resolve()
+    if target in TEXTS:
+        return TEXTS[target] + (f"#{anchor}" if anchor else "")
     return f"{target.stem}.html" if target in notebooks() else f"{REPOSITORY}/{target.relative_to(ROOT).as_posix()}"
+
+
+def github_anchor(heading: str) -> str:
+    """The name under which GitHub links to a heading, from its words joined by hyphens."""
+    return re.sub(r"[^\w-]", "", heading.lower())
 
 
 def notebooks() -> list[Path]:
@@ -87,13 +99,14 @@ def page(notebook: nbformat.NotebookNode, folder: Path) -> str:
 def main() -> None:
     shutil.rmtree(SITE, ignore_errors=True)
     SITE.mkdir(parents=True)
-    readme = nbformat.v4.new_markdown_cell((ROOT / "README.md").read_text(encoding="utf-8"))
-    (SITE / "index.html").write_text(page(nbformat.v4.new_notebook(cells=[readme]), ROOT), encoding="utf-8")
+    for path, name in TEXTS.items():
+        text = nbformat.v4.new_markdown_cell(path.read_text(encoding="utf-8"))
+        (SITE / name).write_text(page(nbformat.v4.new_notebook(cells=[text]), path.parent), encoding="utf-8")
     for path in notebooks():
         notebook = nbformat.read(path, as_version=4)
         notebook.cells[0].source += f"\n\n{BACK}"
         (SITE / f"{path.stem}.html").write_text(page(notebook, FOLDER), encoding="utf-8")
-    print(f"{1 + len(notebooks())} pages: {SITE / 'index.html'}")
+    print(f"{len(TEXTS) + len(notebooks())} pages: {SITE / 'index.html'}")
 
 
 if __name__ == "__main__":

@@ -149,7 +149,7 @@ def test_a_checkpoint_with_a_head_loads_in_plain_open_clip_as_the_readme_says(mo
     encoder = gu.add_head(gu.load_encoder("open_clip:small/random", "cpu"), 8)
     path = gu.save_checkpoint(encoder, tmp_path / "tuned")
     (said,) = re.findall(
-        r"^```python\n(state = .*?)^```", (gu.HERE / "README.md").read_text(encoding="utf-8"), re.M | re.S
+        r"^```python\n(state = .*?)^```", (gu.HERE / "notebooks" / "README.md").read_text(encoding="utf-8"), re.M | re.S
     )
     code = said.replace("runs/photos/03_arcmargin.safetensors", str(path))
     names = {"safetensors": safetensors, "model": models["small"], "images": torch.rand(2, 3, 32, 32)}

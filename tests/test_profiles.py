@@ -465,8 +465,8 @@ def test_the_gpu_profile_runs_from_end_to_end_with_small_random_models(small_cou
     assert columns >= {"instre", "gpr1200", "roxford", "rparis", "cub", "sop", "flowers", "aircraft"}
 
 
-README = (gu.HERE / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
-COMMANDS = re.findall(r"papermill notebooks/(\w+)\.ipynb runs/\w+\.ipynb +(-p profile .*)", README)
+PAGES = "".join((gu.HERE / name).read_text(encoding="utf-8") for name in ("README.md", "notebooks/README.md"))
+COMMANDS = re.findall(r"papermill notebooks/(\w+)\.ipynb runs/\w+\.ipynb +(-p profile .*)", PAGES.replace("\\\n", " "))
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""What the README says, tried: its commands, its code, its links and its numbers."""
+"""What the README and the page behind it say, tried: commands, code, links and numbers."""
 
 import json
 import os
@@ -12,13 +12,14 @@ import pytest
 
 import gpnns_utils as gu
 
-README = (gu.HERE / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.M | re.S)
+FRONT = (gu.HERE / "README.md").read_text(encoding="utf-8")
+MANUAL = (gu.HERE / "notebooks" / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", FRONT + MANUAL, re.M | re.S)
 COMMANDS = "\n".join(text for kind, text in BLOCKS if kind == "").replace("\\\n", " ").splitlines()
 
 
 def test_every_heading_a_reader_looks_for_is_there():
-    headings = re.findall(r"^## (.+)$", README, re.M)
+    headings = re.findall(r"^## (.+)$", FRONT + MANUAL, re.M)
     for wanted in (
         "Just look",
         "Try online",
@@ -32,7 +33,7 @@ def test_every_heading_a_reader_looks_for_is_there():
         assert wanted in headings, wanted
 
 
-PAGES = [*gu.HERE.glob("*.md"), gu.DATA / "README.md", *sorted((gu.HERE / "notebooks").glob("**/[0-9]*.ipynb"))]
+PAGES = [*gu.HERE.glob("*.md"), *gu.HERE.glob("*/README.md"), *sorted((gu.HERE / "notebooks").glob("**/[0-9]*.ipynb"))]
 
 
 def text_of_page(path):
@@ -73,7 +74,7 @@ def test_a_link_to_nowhere_and_to_no_heading_is_found(tmp_path):
 
 def test_every_make_command_is_a_target():
     targets = set(re.findall(r"^([a-z]+):", (gu.HERE / "Makefile").read_text(), re.M))
-    named = set(re.findall(r"\bmake ([a-z]+)\b(?=`|   |$)", README, re.M))
+    named = set(re.findall(r"\bmake ([a-z]+)\b(?=`|   |$)", FRONT + MANUAL, re.M))
     assert {"course", "test", "lab", "app", "site"} <= named <= targets
 
 
@@ -146,8 +147,8 @@ def test_the_code_runs_in_an_empty_folder_once_the_package_is_installed(folder, 
 
 @pytest.mark.parametrize("path", sorted((gu.HERE / "notebooks").glob("0*.ipynb")), ids=lambda path: path.stem)
 def test_the_numbers_beside_a_notebook_are_those_of_its_committed_run(path):
-    (row,) = [line for line in README.splitlines() if line.startswith(f"| [{path.stem}]")]
-    headline = row.rstrip(" |").rsplit("|", 1)[1]
+    (row,) = [line for line in FRONT.splitlines() if line.startswith(f"| [{path.stem}]")]
+    headline = row.split("|")[3]
     outputs = [o for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] for o in cell.get("outputs", [])]
     said = json.dumps([o.get("data", {}).get(kind, "") for o in outputs for kind in ("text/plain", "text/html")])
     numbers = re.findall(r"\d[\d.,]*\d", headline)

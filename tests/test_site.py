@@ -26,6 +26,9 @@ class Page(HTMLParser):
     def handle_data(self, data):
         self.text += data
 
+    def ids(self):
+        return {attrs["id"] for _, attrs in self.tags if "id" in attrs}
+
     def all(self, tag, attribute):
         return [attrs[attribute] for name, attrs in self.tags if name == tag and attribute in attrs]
 
@@ -40,15 +43,16 @@ def pages(tmp_path_factory):
 
 
 def test_every_notebook_is_a_page_and_nothing_else_is(pages):
-    assert set(pages) == {"index.html"} | {f"{path.stem}.html" for path in PATHS}
+    assert set(pages) == {"index.html", "running_the_notebooks.html"} | {f"{path.stem}.html" for path in PATHS}
 
 
 def test_no_link_is_broken_and_every_page_is_reached_from_the_index_and_back(pages):
     for name, page in pages.items():
         links = [link for link in page.all("a", "href") if not re.match("https?:", link)]
-        ids = {attrs["id"] for _, attrs in page.tags if "id" in attrs}
         for link in links:
-            assert link in pages or link.removeprefix("#") in ids, f"{name}: {link}"
+            file, _, anchor = link.partition("#")
+            assert file in pages or not file, f"{name}: {link}"
+            assert not anchor or anchor in pages[file or name].ids(), f"{name}: {link}"
         assert name == "index.html" or "index.html" in links
     assert {f"{path.stem}.html" for path in PATHS} <= set(pages["index.html"].all("a", "href"))
 
