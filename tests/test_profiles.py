@@ -547,6 +547,29 @@ def test_what_the_readme_says_about_averaging_runs_in_small_as_it_is_written(sma
         assert about["method"] in methods and about["encoder"].startswith("open_clip:ViT-")
 
 
+@pytest.mark.slow
+@pytest.mark.notebook
+def test_what_the_readme_says_about_searching_measuring_and_hubs_runs_in_small_as_it_is_written(small_course, tmp_path):
+    """Own images in 01 and 02, as the front page has them; captioned ones in 06; an own checkpoint in a table of 07."""
+    course, papermill = small_course
+    shutil.copytree(course / "datasets" / "cub" / "CUB_200_2011" / "images", mine := tmp_path / "mine")
+    names = [folder.name for folder in sorted(mine.iterdir())]
+    (mine / "captions.json").write_text(json.dumps({name: [f"the bird {name}", f"{name} again"] for name in names}))
+    for notebook in ("01_search_images", "02_benchmark_encoders", "06_normalize_neighbors_nnn"):
+        options = next(options for name, options in COMMANDS if name == notebook)
+        papermill(notebook, *shlex.split(re.sub(r"path/to(/\w+)?/folder", str(mine), options)))
+        rows = json.loads((course / "runs" / "mine" / f"{notebook}.json").read_text())["rows"]
+        assert rows and all(np.isfinite(row["value"]) for row in rows)
+    encoder = gu.load_encoder("mini")
+    file = gu.save_checkpoint(encoder, tmp_path / "tuned.safetensors")
+    further = (gu.HERE / "notebooks" / "07_reproduce_papers.ipynb").read_text(encoding="utf-8")
+    (options,) = re.findall(r"`(-p table mcip [^`]*)`", further)
+    options = options.replace("open_clip:ViT-B-16/openai@tuned.safetensors", f"mini@{file}")
+    papermill("07_reproduce_papers", *shlex.split(options), "-p", "profile", "mine")
+    written = json.loads((course / "runs" / "mine" / "07_reproduce_papers.json").read_text())
+    assert {row["model"] for row in written["rows"]} == {f"mini@{file.stem}"}
+
+
 def taken_methods():
     return gu.parameters.CHOICES["method"][1:]
 
