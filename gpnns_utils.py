@@ -71,6 +71,7 @@ ELSEWHERE = {
     "benchmark": (),
     "hubs": (),
     "tables": (),
+    "building": (),
     "parameters": ("take_parameters",),
     "training": (),
     "claims_table": (),

@@ -280,7 +280,9 @@ def build_open_clip(spec: str, name: str, state: dict | None, device: torch.devi
     try:
         with torch.random.fork_rng(), quiet_open_clip():
             torch.manual_seed(0)  # weights that are not loaded are the same everywhere
-            tokenizer = open_clip.get_tokenizer(architecture)
+            words = Path(name.removeprefix("local-dir:")) / "vocabulary.txt.gz"  # of a mini CLIP that was taken home
+            words = {"bpe_path": str(words)} if name.startswith("local-dir:") and words.exists() else {}
+            tokenizer = open_clip.get_tokenizer(architecture, **words)
             model, _, preprocess = open_clip.create_model_and_transforms(
                 architecture,
                 pretrained=tag if tag and state is None else None,

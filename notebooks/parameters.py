@@ -23,7 +23,7 @@ CHOICES = {
     "table": ("mini", "gpnns", "mcip"),
     "protocol": ("", "own", "paper"),
 }
-COUNTS = ("k", "batch_size", "accumulate", "reference_images", "chunk", "top")
+COUNTS = ("k", "batch_size", "accumulate", "reference_images", "chunk", "top", "steps")
 PAIRS = ("margin",)  # a number, or two: for the most and for the least frequent classes
 SHARES = ("flip", "patch_dropout", "ema", "beta2", "caption_weight")
 

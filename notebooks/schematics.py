@@ -276,6 +276,40 @@ def tabulating() -> plt.Axes:
     return axis
 
 
+def building() -> plt.Axes:
+    """08: a folder, its parts, five steps that each pass the gate or are thrown away, and a folder to take home."""
+    axis = canvas(9, 3.3)
+    for i, (domain, number) in enumerate((("landmarks", 2), ("products", 4), ("nature", 7), ("faces", 3))):
+        photo(axis, 0.45 + 0.5 * (i % 2), 2.35 - 0.5 * (i // 2), "test", domain, number, 0, 0.46)
+    note(axis, 0.7, 1.35, "a folder", 10)
+    arrow(axis, (1.25, 2.1), (1.55, 2.1))
+    box(axis, 2.3, 2.1, "cut in parts,\nlook for copies", PLAIN, 1.4, 0.7)
+    arrow(axis, (3.02, 2.1), (3.3, 2.1))
+    steps = (
+        "choose an\nencoder",
+        "a linear\nmap",
+        "train the\nencoder",
+        "average\ntwo",
+        "realign\nthe text",
+        "take hubs\nback",
+    )
+    for i, text in enumerate(steps):
+        box(axis, 3.78 + 0.78 * i, 2.1, "", FIXED if i in (0, 5) else TRAINED, 0.7, 0.9)
+        note(axis, 3.78 + 0.78 * i, 2.1, text, 8.5)
+        arrow(axis, (3.78 + 0.78 * i, 1.62), (3.78 + 0.78 * i, 1.3))
+    axis.add_patch(plt.Rectangle((3.38, 0.85), 4.6, 0.42, facecolor="#EEEEEE", edgecolor=INK, linewidth=1.2))
+    note(axis, 5.68, 1.06, "the gate: better on validation, by more than chance?", 9.5)
+    arrow(axis, (4.6, 0.83), (4.6, 0.45), WRONG)
+    note(axis, 4.6, 0.27, "no: thrown away", 9.5, WRONG)
+    arrow(axis, (6.9, 0.83), (6.9, 0.45), RIGHT)
+    note(axis, 6.9, 0.27, "yes: kept", 9.5, RIGHT)
+    arrow(axis, (8.0, 1.06), (8.2, 1.06))
+    note(axis, 8.58, 1.06, "measure,\ntake home", 9.5)
+    note(axis, 5.73, 2.8, "each step begins with what the gate has kept so far", 9.5)
+    legend(axis, 0.2, 0.3)
+    return axis
+
+
 SCHEMATICS = {
     "01_search_images": searching,
     "02_benchmark_encoders": measuring,
@@ -284,6 +318,7 @@ SCHEMATICS = {
     "05_average_soups": soup,
     "06_normalize_neighbors_nnn": hubs,
     "07_reproduce_papers": tabulating,
+    "08_build_your_search": building,
 }
 
 

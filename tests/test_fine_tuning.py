@@ -597,6 +597,18 @@ def test_fit_finds_a_line_and_leaves_frozen_parts_alone(tmp_path):
     assert [json.loads(line) for line in written.read_text().splitlines()] == log
 
 
+def test_batch_norm_learns_its_weights_and_keeps_its_statistics(tmp_path):
+    """New statistics, of few images of one kind, undo what a pretrained network knows."""
+    encoder = gu.load_encoder("efficientnet_lite0:64")
+    before = {name: value.clone() for name, value in encoder.model.state_dict().items()}
+    rng = np.random.default_rng(0)
+    images = gu.ImageSet("noise", rng.integers(0, 256, (24, 64, 64, 3), dtype=np.uint8), np.arange(24) // 4)
+    gu.training.fine_tune(encoder, images, images, tmp_path, epochs=1.0, batch_size=8, rate=1e-3)
+    after = encoder.model.state_dict()
+    moved = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert "bn1.weight" in moved and not {name for name in moved if "running" in name or "tracked" in name}
+
+
 def test_the_rate_warms_up_and_falls_on_a_cosine(tmp_path):
     _, log = fit_line(tmp_path, warmup=8)
     rates = [row["rate"] for row in log]

@@ -47,6 +47,7 @@ def test_the_course_has_its_notebooks():
         "05_average_soups",
         "06_normalize_neighbors_nnn",
         "07_reproduce_papers",
+        "08_build_your_search",
     ]
 
 
@@ -159,6 +160,10 @@ QUICK = {
     },
     "05_average_soups": {"recipe": {"epochs": 1.0, "batch_size": 16}, "train_images": "SMALL WORLD"},
     "06_normalize_neighbors_nnn": {"encoders": "random, mini", "reference_images": 300},
+    "08_build_your_search": {
+        "recipe": {"images": {"epochs": 1.0, "batch_size": 16}, "realign": {"epochs": 1.0, "batch_size": 16}},
+        "images": "TOLD WORLD",
+    },
 }
 
 
@@ -194,8 +199,8 @@ def test_a_notebook_runs_its_checks_tell_right_from_wrong_and_its_results_are_ti
     """From any folder of the course: it finds its module by itself."""
     profile, folder = results
     places, parameters = {"SMALL WORLD": str(small_world)}, {"profile": profile} | QUICK.get(path.stem, {})
-    if "bank" in parameters:
-        places["BANK"] = str(request.getfixturevalue("told_world")[1])
+    if "bank" in parameters or "TOLD WORLD" in parameters.values():
+        places["TOLD WORLD"], places["BANK"] = map(str, request.getfixturevalue("told_world"))
     parameters = {key: places.get(str(value), value) for key, value in parameters.items()}
     cwd = (gu.HERE, FOLDER, FOLDER / "solutions")[PATHS.index(path) % 3]
     notebook = execute(with_wrong_answers(path, tmp_path / path.name), tmp_path / "out.ipynb", parameters, cwd)

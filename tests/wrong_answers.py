@@ -114,4 +114,17 @@ WRONG = {
             "def mean_place(values):\n    return {}",
         ],
     },
+    "08_build_your_search": {
+        1: [
+            "def passes(changes):\n    return bool(np.mean([change.mean() for change in changes]) > 0)",
+            "def passes(changes):\n    return all(change.mean() > 0 for change in changes)",
+            "def passes(changes):\n    return any(gu.Score(change).interval()[0] > 0 for change in changes)",
+        ],
+        2: [
+            "def pairs_above(vectors, threshold):\n    return np.argwhere(vectors @ vectors.T > threshold)",
+            "def pairs_above(vectors, threshold):\n    return []",
+            "def pairs_above(vectors, threshold):\n    return [(1, 0), (3, 2)]",
+        ],
+        3: ["weighted = journal[0]['gain']", "weighted = 0.0", "weighted = 100"],
+    },
 }
