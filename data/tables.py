@@ -34,6 +34,16 @@ def mini_columns() -> list[Column]:
     ]
 
 
+def flowers_columns() -> list[Column]:
+    """Four columns on the 1,020 training images of Flowers102, for a laptop: half of each class votes on the other half."""
+    return [
+        ("image to image mAP", "flowers:train", "", "image_to_image", "mAP"),
+        ("image to image R@1", "flowers:train", "", "image_to_image", "R@1"),
+        ("k-NN", "flowers:train", "", "knn", "accuracy"),
+        ("zero-shot", "flowers:train", "", "zero_shot", "accuracy"),
+    ]
+
+
 def gpnns_columns() -> list[Column]:
     """The 15 columns of GP-NNS, Table 4, under the names of data/published/gpnns_table4.csv."""
     included, base = "mAP (self included)", "imagenet:train"

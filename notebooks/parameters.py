@@ -20,7 +20,7 @@ CHOICES = {
     "recipe.protocol": ("own", "paper"),
     "recipe.shared_captions": ("right", "wrong"),
     "method": ("best", "uniform", "greedy", "wise_ft", "model_stock", "lines"),
-    "table": ("mini", "gpnns", "mcip"),
+    "table": ("mini", "flowers", "gpnns", "mcip"),
     "protocol": ("", "own", "paper"),
 }
 COUNTS = ("k", "batch_size", "accumulate", "reference_images", "chunk", "top", "steps")

@@ -291,7 +291,7 @@ def building() -> plt.Axes:
         "train the\nencoder",
         "average\ntwo",
         "realign\nthe text",
-        "take hubs\nback",
+        "hold hubs\nback",
     )
     for i, text in enumerate(steps):
         box(axis, 3.78 + 0.78 * i, 2.1, "", FIXED if i in (0, 5) else TRAINED, 0.7, 0.9)
@@ -299,10 +299,10 @@ def building() -> plt.Axes:
         arrow(axis, (3.78 + 0.78 * i, 1.62), (3.78 + 0.78 * i, 1.3))
     axis.add_patch(plt.Rectangle((3.38, 0.85), 4.6, 0.42, facecolor="#EEEEEE", edgecolor=INK, linewidth=1.2))
     note(axis, 5.68, 1.06, "the gate: better on validation, by more than chance?", 9.5)
-    arrow(axis, (4.6, 0.83), (4.6, 0.45), WRONG)
-    note(axis, 4.6, 0.27, "no: thrown away", 9.5, WRONG)
-    arrow(axis, (6.9, 0.83), (6.9, 0.45), RIGHT)
-    note(axis, 6.9, 0.27, "yes: kept", 9.5, RIGHT)
+    arrow(axis, (4.9, 0.83), (4.9, 0.45), WRONG)
+    note(axis, 4.9, 0.27, "no: thrown away", 9.5, WRONG)
+    arrow(axis, (6.5, 0.83), (6.5, 0.45), RIGHT)
+    note(axis, 6.5, 0.27, "yes: the next begins here", 9.5, RIGHT)
     arrow(axis, (8.0, 1.06), (8.2, 1.06))
     note(axis, 8.58, 1.06, "measure,\ntake home", 9.5)
     note(axis, 5.73, 2.8, "each step begins with what the gate has kept so far", 9.5)

@@ -12,6 +12,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
+from conftest import run_here
 from PIL import Image
 
 import gpnns_utils as gu
@@ -352,3 +353,39 @@ def test_a_page_holds_its_images_itself_and_marks_right_and_wrong(told, tmp_path
     assert [image["class"] for image in images] == ["right", "wrong", ""]
     assert all(image["src"].startswith("data:image/jpeg;base64,") and image["alt"] for image in images)
     assert "&lt;b&gt;a fish" in page and "http" not in page.replace("http-equiv", "")
+
+
+# --- the notebook ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.notebook
+@pytest.mark.parametrize("kind", ["flat", "flat with captions", "few things", "a table with captions", "images alone"])
+def test_the_same_cells_run_on_whatever_a_folder_holds(kind, shapes, tmp_path, results, cache, capsys):
+    top, names = tmp_path / "mine", []
+    for path in sorted(shapes.rglob("*.png")):
+        flat = "flat" in kind
+        target = top / ("" if flat else path.parent.name) / (f"{path.parent.name} {path.name}" if flat else path.name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(path.read_bytes())
+        names.append((target, path.parent.name))
+    if kind == "flat with captions":
+        told = {target.name: f"a shape of {label}, number {i}" for i, (target, label) in enumerate(names)}
+        (top / "captions.json").write_text(json.dumps(told))
+    source = top
+    if kind == "a table with captions":
+        lines = [f"{target},{label},a shape of {label} number {i}" for i, (target, label) in enumerate(names)]
+        (source := tmp_path / "mine.csv").write_text("\n".join(["path,label,caption", *lines]))
+    if kind == "few things":
+        for target, label in names:
+            if label[-1] not in "01":
+                target.unlink()
+    encoders = ["efficientnet_lite0:64"] if kind == "images alone" else ["efficientnet_lite0:64", "mini"]
+    recipe = {"images": {"epochs": 1.0, "batch_size": 4}, "realign": {"epochs": 1.0, "batch_size": 4}}
+    names = run_here("08", {"profile": results[0], "images": str(source), "encoders": encoders, "recipe": recipe})
+    said = capsys.readouterr().out
+    assert ("no labels" in said) == ("flat" in kind) and len(names.journal) == len(encoders) + 4
+    assert ("no captions" in said) == ("captions" not in kind)
+    opened = building.open_folder(results[1] / "08_search")
+    assert len(opened["names"]) == len(names.parts.everything) and names.process.returncode == 0
+    assert (results[1] / "08_before_and_after.html").stat().st_size > 10_000
