@@ -155,8 +155,8 @@ def rebuild_solution(path: Path) -> None:
 
 
 def in_solutions(text: str) -> str:
-    """Prose of a notebook as its solution has it, one folder further down: links to solutions lead to where they are."""
-    return text.replace("](solutions/", "](")
+    """Prose of a notebook as its solution has it, one folder further down: links lead to where they did."""
+    return text.replace("](README.md", "](../README.md").replace("](solutions/", "](")
 
 
 def main() -> int:

@@ -28,11 +28,12 @@ def photo(path, number, size=(60, 40)):
     return path
 
 
-def folder_of(top, classes, each, splits=("",)):
+def folder_of(top, classes, each, splits=("",), first=0):
+    """A folder of things with images of their own, numbered from `first`, which no other number makes again."""
     for s, split in enumerate(splits):
         for c in range(classes):
             for i in range(each):
-                photo(top / split / f"thing {c:02d}" / f"{i}.png", 1000 * s + 100 * c + i)
+                photo(top / split / f"thing {c:02d}" / f"{i}.png", first + 10_000 * s + 100 * c + i)
     return top
 
 
@@ -322,7 +323,7 @@ def test_the_lines_of_the_readme_run_on_it_from_anywhere(home, tmp_path):
 
 def test_new_photos_join_a_search_with_a_bias_of_their_own_and_once(home, tmp_path):
     search, parts, folder = home
-    more = gu.load_images(folder_of(tmp_path / "more", 2, 3))
+    more = gu.load_images(folder_of(tmp_path / "more", 2, 3, first=5_000))
     assert building.add(folder, more) == 6 and building.add(folder, more) == 0
     opened, encoder = building.open_folder(folder), search.encoder
     assert opened["names"][-6:] == [str(path) for path in more.images] and len(opened["captions"]) == 54

@@ -125,6 +125,6 @@ WRONG = {
             "def pairs_above(vectors, threshold):\n    return []",
             "def pairs_above(vectors, threshold):\n    return [(1, 0), (3, 2)]",
         ],
-        3: ["weighted = journal[0]['gain']", "weighted = 0.0", "weighted = 100"],
+        3: ["weighted = journal[0]['gain'][0]", "weighted = 0.0", "weighted = 100"],
     },
 }
