@@ -14,7 +14,7 @@ course: $(VENV)/.ready  ## run every notebook on the mini world, results in runs
 # Two workers, one thread each. The default needs no browser, and trains no more than a few steps.
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-test: $(VENV)/.ready check  ## what breaks when something breaks: every notebook, every promise; about nine minutes
+test: $(VENV)/.ready check  ## what breaks when something breaks: every notebook, every promise; about twelve minutes
 	$(TESTS) -m "not slow"
 
 test-all: $(VENV)/.ready check  ## the same with whole trainings, the browser, the wheel, fifty kills; about 40 minutes

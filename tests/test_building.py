@@ -309,7 +309,7 @@ def test_the_lines_of_the_readme_run_on_it_from_anywhere(home, tmp_path):
     readme = (gu.HERE / "README.md").read_text(encoding="utf-8")
     (lines,) = [block for block in re.findall(r"^```python\n(.*?)^```", readme, re.M | re.S) if "open_folder" in block]
     assert len([line for line in lines.splitlines() if line]) <= 5
-    for said, here in (("runs/mini/08_search", str(folder)), ("path/to/folder", str(tmp_path / "told"))):
+    for said, here in (("runs/photos/08_search", str(folder)), ("path/to/folder", str(tmp_path / "told"))):
         assert said in lines
         lines = lines.replace(said, here)
     environment = os.environ | {"PYTHONPATH": str(gu.HERE)}
