@@ -363,8 +363,12 @@ def take_home(search: Search, parts: Parts, folder: Path, card: dict) -> Path:
     about["captions"] = images.captions
     (partial / "search.json").write_text(json.dumps(about, default=gu.plain, indent=1), encoding="utf-8")
     (partial / "README.md").write_text(card_text(about, folder.name), encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
+    former = folder.with_name(folder.name + ".former")
+    shutil.rmtree(former, ignore_errors=True)
+    if folder.exists():
+        folder.rename(former)
     partial.rename(folder)
+    shutil.rmtree(former, ignore_errors=True)
     return folder
 
 
@@ -458,8 +462,10 @@ def open_folder(folder: str | Path) -> dict:
     if not (folder / "search.json").exists():
         raise FileNotFoundError(f"{folder} holds no search.json: give the folder that notebook 08 took home")
     about = datasets.read_json(folder / "search.json")
-    encoder = gu.load_encoder(about["encoder"].replace("{}", str(folder)))
-    return about | {"encoder": encoder, "index": gu.get_faiss().read_index(str(folder / "index.faiss"))}
+    index, encoder = gu.get_faiss().read_index(str(folder / "index.faiss")), about["encoder"].replace("{}", str(folder))
+    if index.ntotal > len(about["names"]):  # `add` was stopped between its two files: what has no name yet is not there
+        index.remove_ids(np.arange(len(about["names"]), index.ntotal))
+    return about | {"encoder": gu.load_encoder(encoder), "index": index}
 
 
 def find(home: dict, queries: Sequence[str] | gu.ImageSet, k: int = 10) -> list[list[str]]:
@@ -476,9 +482,10 @@ def find_rows(home: dict, queries: Sequence[str] | gu.ImageSet, k: int = 10) -> 
 
 def add(folder: str | Path, images: gu.ImageSet) -> int:
     """Put further images into a search that `take_home` wrote, and return how many; those whose names are in it already stay
-    as they are. The folder keeps its earlier state until both of its files are written anew."""
+    as they are. Stopped at any point, the folder holds what it held before, or all of it, and the call can be repeated."""
     folder, home = Path(folder).expanduser(), open_folder(folder)
-    new = images.subset([images.describe(row) not in set(home["names"]) for row in range(len(images))])
+    known = set(home["names"])
+    new = images.subset([images.describe(row) not in known for row in range(len(images))])
     if len(new) == 0:
         return 0
     vectors = gu.embed_images(home["encoder"], new)
@@ -486,13 +493,13 @@ def add(folder: str | Path, images: gu.ImageSet) -> int:
     bias = gu.hub_bias(vectors, np.load(folder / "references.npy"), home["k"], alpha) if alpha else None
     home["index"].add(gu.with_bias(vectors, bias))
     about = datasets.read_json(folder / "search.json")
-    told = about["captions"] is not None
-    about["captions"] = about["captions"] + (new.captions or [[]] * len(new)) if told else None
+    if about["captions"] is not None:
+        about["captions"] += new.captions or [[]] * len(new)
     about["names"] += [new.describe(row) for row in range(len(new))]
     gu.get_faiss().write_index(home["index"], str(folder / "index.partial"))
+    (folder / "index.partial").replace(folder / "index.faiss")
     text = json.dumps(about, default=gu.plain, indent=1).encode()
     gu.write_atomically(folder / "search.json", lambda file: file.write(text))
-    (folder / "index.partial").replace(folder / "index.faiss")
     return len(new)
 
 

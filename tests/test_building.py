@@ -334,6 +334,21 @@ def test_new_photos_join_a_search_with_a_bias_of_their_own_and_once(home, tmp_pa
     assert building.find(opened, more.subset([2]), 1) == [[str(more.images[2])]]
 
 
+def test_an_addition_that_is_stopped_half_way_leaves_what_was_there_and_can_be_repeated(home, tmp_path, monkeypatch):
+    _, parts, folder = home
+    more, before = gu.load_images(folder_of(tmp_path / "more", 2, 3, first=5_000)), len(parts.everything)
+    with monkeypatch.context() as stopped:
+        stopped.setattr(gu, "write_atomically", lambda *_: 1 / 0)  # the index is written, the names are not
+        with pytest.raises(ZeroDivisionError):
+            building.add(folder, more)
+    opened = building.open_folder(folder)
+    assert opened["index"].ntotal == len(opened["names"]) == before
+    assert len(building.find(opened, more.subset([0]), before)[0]) == before
+    assert building.add(folder, more) == 6
+    opened = building.open_folder(folder)
+    assert opened["index"].ntotal == len(opened["names"]) == before + 6
+
+
 def test_a_folder_that_is_none_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no search.json: give the folder that notebook 08 took home"):
         building.open_folder(tmp_path)
