@@ -486,7 +486,7 @@ def test_averaging_equals_beats_the_best_of_them_and_averaging_nothing_is_found_
         ("this course's", None, "greedy"),
         ("this course's", None, "lines"),
         ("heads", None, "uniform"),
-        ("open_clip", "open_clip:ViT-S-32-alt/random", "best"),
+        pytest.param("open_clip", "open_clip:ViT-S-32-alt/random", "best", marks=pytest.mark.slow),  # two minutes
         ("batch norm", "timm:test_efficientnet@START", "greedy"),
         ("batch norm", "timm:test_efficientnet@START", "model_stock"),
     ],
