@@ -218,9 +218,11 @@ def is_right(queries: gu.ImageSet, asked: np.ndarray, gallery: gu.ImageSet, rows
 
 def copied(encoder: gu.Encoder) -> gu.Encoder:
     """The same encoder with weights of its own, to be changed."""
-    other = gu.load_encoder(encoder.origin["encoder"], encoder.device)
-    if encoder.origin.get("head"):
-        other = gu.add_head(other, encoder.origin["head"])
+    other, origin = gu.load_encoder(encoder.origin["encoder"], encoder.device), encoder.origin
+    if origin.get("squash"):
+        other = gu.encoders.squashed(other)
+    if origin.get("head") or origin.get("before_projection"):
+        other = gu.add_head(other, origin.get("head"), bool(origin.get("before_projection")))
     gu.encoders.fill(other.model, encoder.model.state_dict(), encoder.name)
     return other
 
@@ -345,7 +347,8 @@ def take_home(search: Search, parts: Parts, folder: Path, card: dict) -> Path:
     """Write a finished search into `folder`, in place of an earlier one only when all of it is there.
 
     index.faiss: all images, for inner products, with the bias in it; search.json: their names and captions, the encoder,
-    and `card`; references.npy: what the bias was computed from, for images that are added later; README.md: the card to read. An open_clip model lies there as open_clip and the Hugging Face hub expect it
+    and `card`; references.npy: what the bias was computed from, for images that are added later;
+    README.md: the card to read. An open_clip model lies there as open_clip and the Hugging Face hub expect it
     (open_clip_config.json, open_clip_model.safetensors), any other as model.safetensors.
     """
     images, encoder = parts.everything, search.encoder
@@ -377,7 +380,7 @@ def save_model(encoder: gu.Encoder, folder: Path) -> str:
     name = encoder.origin.get("encoder", encoder.name)
     if encoder.model is None:
         return name
-    if encoder.text_tower is None or encoder.origin.get("head"):
+    if encoder.text_tower is None or encoder.origin.get("squash"):  # what an open_clip folder has no words for
         gu.save_checkpoint(encoder, folder / "model.safetensors")
         return f"{name}@{{}}/model.safetensors"
     from open_clip.push_to_hf_hub import save_config_for_hf

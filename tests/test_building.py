@@ -167,6 +167,17 @@ def test_a_model_without_a_text_tower_gets_the_map_as_a_head(told, name, monkeyp
     assert other.text_tower is None
 
 
+@pytest.mark.parametrize("kind", ["squashed", "before the projection"])
+def test_a_copy_prepares_images_and_ends_as_its_original_also_when_taken_home(mini, told, tmp_path, kind):
+    fresh = gu.load_encoder("mini")
+    changed = gu.encoders.squashed(fresh) if kind == "squashed" else gu.add_head(fresh, None, before_projection=True)
+    wanted, plain = (gu.embed_images(one, told.test[0]) for one in (changed, mini))
+    assert wanted.shape != plain.shape or np.abs(wanted - plain).max() > 1e-3, "the two differ"
+    home = building.open_folder(building.take_home(building.Search(changed), told, tmp_path / "out", CARD))
+    for other in (building.copied(changed), home["encoder"]):
+        np.testing.assert_allclose(gu.embed_images(other, told.test[0], cache=False), wanted, atol=1e-5)
+
+
 @pytest.mark.parametrize("architecture", ["RN50", "MobileCLIP2-S0", "ViT-B-32"])
 def test_projections_of_other_towers_take_the_map_in_too(told, architecture):
     encoder = gu.load_encoder(f"open_clip:{architecture}/random")
