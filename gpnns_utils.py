@@ -74,6 +74,8 @@ ELSEWHERE = {
     "building": (),
     "parameters": ("take_parameters",),
     "training": (),
+    "storage": (),
+    "scale": (),
     "claims_table": (),
 }
 

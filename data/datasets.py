@@ -16,6 +16,7 @@ import errno
 import gzip
 import hashlib
 import http.client
+import io
 import json
 import lzma
 import os
@@ -224,12 +225,13 @@ def class_texts(images: ImageSet) -> tuple[list[str], np.ndarray]:
     return list(number), np.array([number[text_of[label]] for label in images.labels], dtype=np.int64)
 
 
-def open_image(path: Path, crop: Sequence[int] | None = None) -> Image.Image:
+def open_image(path: Path | io.BytesIO, crop: Sequence[int] | None = None) -> Image.Image:
     """Read an image as RGB: turned upright as its EXIF data say, transparent parts on white, 16 bits and shares cut to 8.
 
-    crop: a box as in `ImageSet.crops`, in the pixels of the file.
+    path: a file, or the bytes of one. crop: a box as in `ImageSet.crops`, in the pixels of the file.
     """
-    check_regular(path)
+    if not isinstance(path, io.BytesIO):
+        check_regular(path)
     with Image.open(path) as image:
         if crop is not None:
             left, top, right, bottom = (int(edge) for edge in crop)
@@ -242,6 +244,16 @@ def open_image(path: Path, crop: Sequence[int] | None = None) -> Image.Image:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
+
+
+def image_or_none(read: Callable[[], Image.Image]) -> Image.Image | None:
+    """What `read()` gives, or None for a file that cannot be read; when it is the machine that fails, that is raised."""
+    try:
+        return read()
+    except Exception as error:  # a decoder may raise anything on broken data
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) in EXHAUSTED:
+            raise  # not the file's trouble: stop, and go on later
+        return None
 
 
 def eight_bits(values: np.ndarray) -> Image.Image:
@@ -273,13 +285,8 @@ class Decoded(Dataset):
         self.images, self.preprocess = images, preprocess
 
     def __getitem__(self, row: int) -> torch.Tensor | None:
-        try:
-            image = self.images[row]
-        except Exception as error:  # a decoder may raise anything on broken data
-            if isinstance(error, MemoryError) or getattr(error, "errno", None) in EXHAUSTED:
-                raise  # the machine's trouble, not the file's: stop, and go on later
-            return None
-        return self.preprocess(image)
+        image = image_or_none(lambda: self.images[row])
+        return None if image is None else self.preprocess(image)
 
 
 def stacked(items: list[torch.Tensor | None]) -> tuple[int, list[int], np.ndarray]:

@@ -46,7 +46,7 @@ def main() -> None:
     print("Installing the course's packages into .venv; once, some minutes.", flush=True)
     step(sys.executable, "-m", "venv", str(VENV))
     step(str(PYTHON), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "uv")
-    step(str(PYTHON), "-m", "uv", "pip", "install", "--compile-bytecode", "--python", str(PYTHON), "-e", ".[dev]")
+    step(str(PYTHON), "-m", "uv", "pip", "install", "--compile-bytecode", "--python", str(PYTHON), "-e", ".[dev,scale]")
 
 
 def check_python() -> None:

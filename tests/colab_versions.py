@@ -54,7 +54,8 @@ def build(freeze: Path, folder: Path) -> None:
     if changed := changes(before, after):
         sys.exit("prepare.py changed what was installed: " + ", ".join(changed))
     print("added", ", ".join(f"{name}=={after[name]}" for name in sorted(after.keys() - before.keys())))
-    install(python, installed | after, [prepare.name_of(line) for line in project["optional-dependencies"]["dev"]])
+    extras = [line for extra in ("dev", "scale") for line in project["optional-dependencies"][extra]]
+    install(python, installed | after, [prepare.name_of(line) for line in extras])
 
 
 def install(python: Path, held: dict[str, str], requirements: list[str]) -> None:

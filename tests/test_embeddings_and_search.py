@@ -2,8 +2,10 @@
 
 import os
 import signal
+import threading
 import time
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -556,3 +558,45 @@ def test_nothing_warns_on_a_normal_run_and_nothing_is_printed(world, cache, caps
         gu.search(embeddings, embeddings, 3, bias=gu.hub_bias(embeddings, embeddings, 3))
         gu.build_index(embeddings, "ivf")
     assert capsys.readouterr() == ("", "")
+
+
+def most_memory(work) -> float:
+    """The most anonymous memory, in MB, while `work()` runs: what files bring along that are only mapped is not in it."""
+
+    def now() -> float:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1e3
+
+    most, over = [now()], threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.002):
+            most[0] = max(most[0], now())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    work()
+    over.set()
+    watcher.join()
+    return most[0]
+
+
+def work_on_mapped_rows(folder, rows: int) -> None:
+    mapped = np.memmap(folder / "rows.bin", np.float16, "r", shape=(rows, 128))
+    random = np.random.default_rng(0)
+    queries = gu.checks.unit_rows(random.normal(size=(20, 128)))
+    gu.search(queries, mapped[:1000], 5), gu.hub_bias(mapped[:1000], queries, 5)  # what libraries take at first
+    print(most_memory(lambda: gu.search(queries, mapped, 5, bias=np.zeros(rows))))
+    print(most_memory(lambda: gu.hub_bias(mapped, queries, 5)))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells anonymous memory apart")
+def test_galleries_on_disk_are_read_in_parts_however_large(tmp_path):
+    """With twice as many rows, 50 MB more of them, neither search nor bias takes 50 MB more memory."""
+    random, most = np.random.default_rng(0), []
+    np.concatenate([random.normal(size=(50_000, 128)).astype(np.float16)] * 8).tofile(tmp_path / "rows.bin")
+    for rows in (200_000, 400_000):
+        ran = run_apart(work_on_mapped_rows, tmp_path, rows, folder=tmp_path / str(rows))
+        assert ran.returncode == 0, ran.stderr
+        most.append(np.array(ran.stdout.split(), float))
+    assert (most[1] - most[0] < 50).all(), most

@@ -1,0 +1,132 @@
+"""What notebooks/scale.py reads and writes, on this machine or in object storage, through pyarrow's file systems.
+
+An address is a local path, or one such as s3://bucket/folder or gs://bucket/folder. Credentials come from where those
+services keep them: environment variables, files in the home folder, the machine's role.
+
+files -> tars of images -> Parquet files of embeddings
+"""
+
+from __future__ import annotations
+
+import json
+import tarfile
+import uuid
+from collections.abc import Iterator, Sequence
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+from pyarrow import fs
+
+from gpnns_utils import datasets
+
+Array = np.ndarray
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def place(address: str | Path) -> tuple[fs.FileSystem, str]:
+    """The file system of an address, and the path in it."""
+    if "://" in str(address):
+        return fs.FileSystem.from_uri(str(address))
+    return fs.LocalFileSystem(), Path(address).expanduser().absolute().as_posix()
+
+
+def names_below(address: str | Path, ending: str) -> list[str]:
+    """The files below a folder whose names end so, sorted: their paths from there on, without the ending."""
+    files, top = place(address)
+    found = files.get_file_info(fs.FileSelector(top, recursive=True, allow_not_found=True))
+    paths = [file.path for file in found if file.is_file and file.path.endswith(ending)]
+    return sorted(path.removeprefix(top).strip("/").removesuffix(ending) for path in paths)
+
+
+def read(address: str | Path) -> bytes | None:
+    """A small file as a whole, None when there is none."""
+    files, path = place(address)
+    if not files.get_file_info(path).is_file:
+        return None
+    with files.open_input_stream(path) as stream:
+        return stream.read()
+
+
+def write(address: str | Path, content: bytes) -> None:
+    """A file that is there as a whole or not at all, whatever is killed meanwhile."""
+    files, path = place(address)
+    files.create_dir(path.rpartition("/")[0], recursive=True)
+    partial = f"{path}.{uuid.uuid4().hex}.partial"
+    try:
+        with files.open_output_stream(partial) as stream:
+            stream.write(content)
+        files.move(partial, path)
+    except BaseException:
+        if files.get_file_info(partial).is_file:
+            files.delete_file(partial)
+        raise
+
+
+def check_settings(output: str | Path, settings: dict) -> None:
+    """Note in OUTPUT/settings.json what its embeddings are made with; ValueError where they were made with something else."""
+    noted = read(f"{output}/settings.json")
+    known = json.loads(noted) if noted else settings
+    if other := [key for key in settings if known.get(key) != settings[key]]:
+        told = ", ".join(f"{key} {known.get(key)}, now {settings[key]}" for key in other)
+        raise ValueError(f"{output} holds embeddings that are made with {told}; choose another folder for these")
+    if noted is None:
+        write(f"{output}/settings.json", json.dumps(settings, indent=1).encode())
+
+
+# --- tars of images --------------------------------------------------------------------------------------------------
+
+
+def images_of(tar: str | Path) -> Iterator[tuple[str, Image.Image | None]]:
+    """The images of a tar with their names, one after the other as they are read; None for one that cannot be read.
+
+    Raises ValueError, when it comes to that, for a tar that is broken or cut off, or holds a name twice.
+    """
+    (files, path), seen = place(tar), set()
+    try:
+        with files.open_input_stream(path) as stream, tarfile.open(fileobj=stream, mode="r|") as members:
+            for member in members:
+                if member.isfile() and datasets.is_image(member.name.rpartition("/")[2]):
+                    if member.name in seen:
+                        raise ValueError(f"{tar} holds {member.name} twice; an image needs a name of its own")
+                    seen.add(member.name)
+                    content = BytesIO(members.extractfile(member).read())
+                    yield member.name, datasets.image_or_none(lambda file=content: datasets.open_image(file))
+    except tarfile.TarError as error:
+        raise ValueError(f"{tar} is no tar, or a broken one ({error}); make it again") from error
+
+
+# --- Parquet files of embeddings -------------------------------------------------------------------------------------
+
+
+def column(vectors: Array) -> pa.Array:
+    """Vectors (n, d) as a column of lists of one length."""
+    return pa.array(list(vectors), pa.list_(pa.float32(), vectors.shape[1]))
+
+
+def write_rows(address: str | Path, ids: Sequence[str], vectors: Array, bias: Array, facts: dict) -> None:
+    """One Parquet file: an id, a vector and a bias for each image, and facts about all of them in its metadata."""
+    rows = pa.table({"id": pa.array(ids, pa.string()), "vector": column(vectors), "bias": pa.array(bias, pa.float32())})
+    content = BytesIO()
+    pq.write_table(rows.replace_schema_metadata({"facts": json.dumps(facts)}), content)
+    write(address, content.getvalue())
+
+
+def read_rows(address: str | Path) -> Iterator[tuple[list[str], Array, Array]]:
+    """ids, vectors and bias of a Parquet file, some ten thousand rows at a time."""
+    files, path = place(address)
+    with pq.ParquetFile(path, filesystem=files) as file:
+        for rows in file.iter_batches(10_000):
+            vectors = np.stack(rows["vector"].to_numpy(zero_copy_only=False))
+            yield rows["id"].to_pylist(), vectors, rows["bias"].to_numpy()
+
+
+def facts_of(address: str | Path) -> dict:
+    """What the metadata of a Parquet file say: the tar, how many images it had, which could not be read."""
+    files, path = place(address)
+    return json.loads(pq.read_schema(path, filesystem=files).metadata[b"facts"])
