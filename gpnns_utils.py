@@ -189,7 +189,8 @@ class Progress:
         return f"{self.label}: {self.done:,} of {self.total:,} {self.unit}, {spent / max(here, 1) * (self.total - self.done):.0f} s left"
 
     def _repr_html_(self) -> str:
-        return f"<progress value='{self.done}' max='{self.total}'></progress> {html.escape(repr(self))}"
+        bar = f"<progress value='{self.done}' max='{self.total}'></progress> "
+        return bar * (self.done < self.total) + html.escape(repr(self))
 
 
 def in_notebook() -> bool:

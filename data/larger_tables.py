@@ -12,10 +12,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import lancedb
 import numpy as np
 import pyarrow as pa
-from lancedb.index import IvfRq
 
 import gpnns_utils as gu
 from gpnns_utils import scale
@@ -59,11 +57,13 @@ def make_queries(encoder: gu.Encoder) -> dict[str, Array]:
 
 def make_table(folder: str | Path, gallery: Array, bias: Array):
     """A table whose ids are row numbers, written part by part."""
+    import lancedb  # only now: `scale` must have told it to keep its warnings to itself
+
     ids = [np.arange(first, min(first + PART, len(gallery))) for first in range(0, len(gallery), PART)]
     parts = (scale.table_rows(rows.astype(str), gallery[rows], bias[rows]) for rows in ids)
     first = scale.table_rows(["0"], gallery[:1], bias[:1])
     reader = pa.RecordBatchReader.from_batches(first.schema, (batch for part in parts for batch in part.to_batches()))
-    return lancedb.connect(folder).create_table("images", reader)
+    return lancedb.connect(folder).create_table("images", reader, mode="overwrite")
 
 
 def found_of(right: Array, ids: Array) -> float:
@@ -71,20 +71,23 @@ def found_of(right: Array, ids: Array) -> float:
     return float(np.mean([len({*a} & {*b}) / len(a) for a, b in zip(right, ids, strict=True)]))
 
 
-def measure(folder: Path, gallery: Array, asked: dict[str, Array]) -> list[dict]:
-    """Recall of the exact ten nearest and time, as a share of what reading every row takes, for each of SETTINGS."""
+def measure(folder: Path, gallery: Array, asked: dict[str, Array], settings: list[tuple] = SETTINGS) -> list[dict]:
+    """Make a table, and an index for it; recall of the exact ten nearest, and time as a share of what it takes to read
+    every row, for each of `settings`: (bits of the index, probes, refine)."""
+    import lancedb
+
     bias = gu.hub_bias(gallery, asked["references"], k=16)
     table, lines = make_table(folder, gallery, bias), []
     right = {kind: gu.search(asked[kind], gallery, 10, bias=bias)[1].astype(str) for kind in ("images", "texts")}
     start = time.perf_counter()
     scale.search_table(table, asked["texts"][:10])
     exact = (time.perf_counter() - start) / 10
-    for bits in dict.fromkeys(bits for bits, _, _ in SETTINGS):
+    for bits in dict.fromkeys(bits for bits, _, _ in settings):
         start = time.perf_counter()
-        table.create_index("vector", config=IvfRq(distance_type="dot", num_bits=bits))
+        table.create_index("vector", config=lancedb.index.IvfRq(distance_type="dot", num_bits=bits))
         build = time.perf_counter() - start
         size = sum(file.stat().st_size for file in folder.rglob("_indices/*/*"))
-        for probes, refine in [setting[1:] for setting in SETTINGS if setting[0] == bits]:
+        for probes, refine in [setting[1:] for setting in settings if setting[0] == bits]:
             for kind in right:
                 start = time.perf_counter()
                 _, ids = scale.search_table(table, asked[kind], 10, probes, refine)

@@ -13,7 +13,7 @@ import itertools
 import json
 import os
 
-os.environ |= {"DO_NOT_TRACK": "1", "DAFT_PROGRESS_BAR": "0"}  # Daft reports home when it is imported, unless told so
+os.environ |= {"DO_NOT_TRACK": "1", "DAFT_PROGRESS_BAR": "0", "LANCEDB_LOG": "error"}  # Daft would report home
 import daft
 import numpy as np
 import pyarrow as pa
@@ -68,7 +68,7 @@ def embed_all(encoder: str, references: Array | None, source: str, output: str, 
     todo = [name for name in tars if name not in done]
     call = worker(encoder, references, source, output, gpus).embed(daft.col("tar")).alias("facts")
     rows = daft.from_pydict({"tar": todo}).into_batches(1).select(call).iter_rows() if todo else []
-    progress, facts = gu.Progress(len(tars), f"embedding {source}", "tars", len(tars) - len(todo)), []
+    progress, facts = gu.Progress(len(tars), "embedding tars", "tars", len(tars) - len(todo)), []
     try:
         for row in rows:
             facts.append(json.loads(row["facts"]))
@@ -142,7 +142,7 @@ def main() -> None:
     broken = [fact["broken"] for fact in facts if "broken" in fact]
     unreadable = [f"{fact['tar']}/{name}" for fact in facts for name in fact.get("unreadable", [])]
     print(f"{len(facts) - len(broken)} tars embedded, with {len(unreadable)} unreadable images:", *unreadable[:9])
-    print(f"the table in {asked.output} has {fill_table(asked.output).count_rows():,} images")
+    print(f"the table has {fill_table(asked.output).count_rows():,} images")
     raise SystemExit("not embedded: " + "; ".join(broken) if broken else 0)
 
 

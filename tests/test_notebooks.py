@@ -48,6 +48,7 @@ def test_the_course_has_its_notebooks():
         "06_normalize_neighbors_nnn",
         "07_reproduce_papers",
         "08_build_your_search",
+        "09_scale_out",
     ]
 
 
@@ -123,7 +124,9 @@ def test_a_committed_notebook_was_run_from_top_to_bottom_and_is_clean(path):
     assert not [output for output in outputs if output.output_type == "stream" and output.name == "stderr"]
     text = path.read_text(encoding="utf-8")
     assert str(gu.HERE) not in text, "no path of the machine that ran it"
-    assert "<progress value" not in text, "nor what was not in its cache"
+    assert not re.search(r"<progress value|embedding [^\n]*: [\d,]+ (images|texts) in", text), (
+        "nor a cache that was empty"
+    )
 
 
 @pytest.mark.parametrize("path", PATHS, ids=ids)
@@ -164,6 +167,7 @@ QUICK = {
         "recipe": {"images": {"epochs": 1.0, "batch_size": 16}, "realign": {"epochs": 1.0, "batch_size": 16}},
         "images": "TOLD WORLD",
     },
+    "09_scale_out": {"rows": 20_000},
 }
 
 

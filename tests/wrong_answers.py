@@ -127,4 +127,16 @@ WRONG = {
         ],
         3: ["weighted = journal[0]['gain'][0]", "weighted = 0.0", "weighted = 100"],
     },
+    "09_scale_out": {
+        1: [
+            "def cheapest(measured, rows, kind, recall):\n    return min(measured, key=lambda x: x['share_of_exact_time'])",
+            "def cheapest(measured, rows, kind, recall):\n    good = [x for x in measured if x['rows'] == rows and x['recall'] >= recall]\n    return min(good, key=lambda x: x['share_of_exact_time'])",
+            "def cheapest(measured, rows, kind, recall):\n    return max(measured, key=lambda x: x['recall'])",
+        ],
+        2: [
+            "def bottleneck(gpus, cores, flop, per_second, decode):\n    return 'cores'",
+            "def bottleneck(gpus, cores, flop, per_second, decode):\n    return 'GPUs' if gpus < cores else 'cores'",
+            "def bottleneck(gpus, cores, flop, per_second, decode):\n    return 'cores' if gpus * per_second / flop < cores / decode else 'GPUs'",
+        ],
+    },
 }
