@@ -227,7 +227,7 @@ def test_a_notebook_runs_its_checks_tell_right_from_wrong_and_its_results_are_ti
 def test_anyones_encoders_on_anyones_labelled_folder(folder, tmp_path, results, cache):
     """A real network among them."""
     profile, out = results
-    encoders = ["random", "efficientnet_lite0", "pixels"]
+    encoders = ["random", "efficientnet_lite0:64", "pixels"]
     run_here("02", {"profile": profile, "images": str(folder), "encoders": json.dumps(encoders)})
     for model in encoders[:2]:
         wanted = {"model": model, "metric": "mAP", "group": "all", "task": "image_to_image", "split": "test"}
