@@ -1,14 +1,12 @@
 """From tars of images to a table that is searched, on one machine or on a cluster. Notebook 09 explains each step.
 
-    python notebooks/scale.py INPUT OUTPUT --encoder mini --references captions.txt
-    python notebooks/scale.py s3://photos/tars s3://photos/found --encoder open_clip:ViT-B-32/openai --ray auto
+    python notebooks/scale.py path/to/tars s3://photos/found --encoder open_clip:ViT-B-32/openai --references captions.txt
 
-INPUT is a folder of webdataset tars, at any depth. OUTPUT gets a Parquet file for each, and the table. Either may lie in
-object storage. After any stop, run the same command again: tars that have their file are not read again.
+Reads a folder of webdataset tars, and writes a Parquet file for each, and the table. Either may lie in object storage.
+After a stop, run the same command again: tars that have their file are not read again.
 """
 
 import argparse
-import hashlib
 import itertools
 import json
 import os
@@ -24,7 +22,7 @@ from gpnns_utils import Array, storage
 
 
 def embed_tar(encoder: gu.Encoder, references: Array | None, source: str, output: str, name: str) -> dict:
-    """One tar into one Parquet file: id (`name/member`), vector (a unit row) and bias of each image; returns its facts."""
+    """One tar into one Parquet file: id (`name.tar/member`), vector (a unit row) and bias of each image; returns its facts."""
     images = storage.images_of(f"{source}/{name}.tar")
     pixels = ((member, None if image is None else encoder.preprocess(image)) for member, image in images)
     members, vectors = [], [np.empty((0, encoder.dim), np.float32)]
@@ -37,12 +35,11 @@ def embed_tar(encoder: gu.Encoder, references: Array | None, source: str, output
             vectors[-1][readable] = gu.run_tower(encoder, encoder.image_tower, stack)
     members, vectors = np.array(members, object), np.concatenate(vectors)
     fit = np.isfinite(vectors[:, 0])  # an image could be read, and has a direction; a blank page may have none
-    ids, vectors, bias = [f"{name}/{member}" for member in members[fit]], vectors[fit], np.zeros(fit.sum())
+    ids, vectors, bias = [f"{name}.tar/{member}" for member in members[fit]], vectors[fit], np.zeros(fit.sum())
     if references is not None and len(ids):
         bias = gu.hub_bias(vectors, references, min(128, len(references)))
     facts = {"tar": name, "images": len(ids), "unreadable": list(members[~fit])}
-    storage.write_rows(f"{output}/embeddings/{name}.parquet", ids, vectors, bias, facts)
-    return facts
+    return storage.write_rows(f"{output}/embeddings/{name}.parquet", ids, vectors, bias, facts)
 
 
 class Worker:
@@ -55,26 +52,26 @@ class Worker:
     def embed(self, name: str) -> str:
         try:
             return json.dumps(embed_tar(*self.job, name))
-        except ValueError as error:  # the tar is broken; the others go on
+        except storage.BrokenTar as error:  # the others go on
             return json.dumps({"tar": name, "broken": str(error)})
 
 
 def embed_all(encoder: str, references: Array | None, source: str, output: str, workers: int = 0, gpus: float = 0):
-    """Every tar below `source` that has no Parquet file yet, by Daft's workers (0: one a core); their facts, a list."""
-    tars, done = storage.names_below(source, ".tar"), {*storage.names_below(f"{output}/embeddings", ".parquet")}
+    """Every tar below `source` that has no Parquet file yet, by Daft's workers (0: one a core); the facts of each."""
+    tars, done = storage.files_below(source, ".tar"), storage.files_below(f"{output}/embeddings", ".parquet")
     if not tars:
         raise ValueError(f"there is no .tar file in {source}; pack the images into webdataset tars first")
-    worker = daft.cls(Worker, use_process=True, max_concurrency=workers or os.cpu_count(), gpus=gpus)
-    todo = [name for name in tars if name not in done]
+    workers, todo, facts = workers or os.cpu_count(), [name for name in tars if name not in done], []
+    worker = daft.cls(Worker, use_process=True, max_concurrency=workers, gpus=gpus)
     call = worker(encoder, references, source, output, gpus).embed(daft.col("tar")).alias("facts")
-    rows = daft.from_pydict({"tar": todo}).into_batches(1).select(call).iter_rows() if todo else []
-    progress, facts = gu.Progress(len(tars), "embedding tars", "tars", len(tars) - len(todo)), []
+    progress = gu.Progress(len(tars), "embedding tars", "tars", len(tars) - len(todo))
     try:
-        for row in rows:
+        for row in daft.from_pydict({"tar": todo}).into_batches(1).select(call).iter_rows() if todo else []:
             facts.append(json.loads(row["facts"]))
             progress.update(len(tars) - len(todo) + len(facts))
     except Exception as error:
-        raise RuntimeError(f"a worker failed after {len(facts)} tars, which are kept; run this again") from error
+        where = [name for name in todo if name not in {fact["tar"] for fact in facts}][:workers]
+        raise RuntimeError(f"a worker failed at {' or '.join(where)}; run this again, the rest is kept") from error
     return facts
 
 
@@ -94,56 +91,59 @@ def put(table, rows) -> None:
 
 
 def fill_table(output: str, indexed: int = 100_000):
-    """The table of all Parquet files; adds those that it lacks. From `indexed` rows on it has an approximate index."""
+    """The table, after files that are new or were made again are put in; from `indexed` rows on it has an index."""
     import lancedb  # not before the engine starts its processes: the two do not mix
 
-    names, base = storage.names_below(f"{output}/embeddings", ".parquet"), lancedb.connect(f"{output}/table")
-    filled = json.loads(storage.read(f"{output}/table/filled.json") or "[]")
-    files = [f"{output}/embeddings/{name}.parquet" for name in names if name not in {*filled}]
-    batches = (batch for file in files for rows in storage.read_rows(file) for batch in table_rows(*rows).to_batches())
-    if first := next(batches, None):
-        rows = pa.RecordBatchReader.from_batches(first.schema, itertools.chain([first], batches))
-        put(base.create_table("images", schema=first.schema, exist_ok=True), rows)
-    storage.write(f"{output}/table/filled.json", json.dumps(names).encode())
+    folder, base = f"{output}/embeddings", lancedb.connect(f"{output}/table")
+    there, filled = storage.files_below(folder, ".parquet"), storage.read_json(f"{output}/table/filled.json")
+    new = [name for name, stamp in there.items() if filled.get(name) != stamp]
+    for group in (new[first : first + 100] for first in range(0, len(new), 100)):
+        for name in {*group} & {*filled}:  # made again, perhaps of fewer images
+            base.open_table("images").delete("starts_with(id, '{}.tar/')".format(name.replace("'", "''")))
+        parts = (table_rows(*part) for name in group for part in storage.read_rows(f"{folder}/{name}.parquet"))
+        if (rows := storage.as_reader(parts)) is not None:
+            put(base.create_table("images", schema=rows.schema, exist_ok=True), rows)
+        filled |= {name: there[name] for name in group}
+        storage.write(f"{output}/table/filled.json", json.dumps(filled).encode())
     table = base.open_table("images")
     if table.count_rows() >= indexed and not table.list_indices():
-        table.create_index("vector", config=lancedb.index.IvfRq(distance_type="dot", num_bits=3))
+        table.create_index("vector", config=lancedb.index.IvfRq("dot", num_bits=3, target_partition_size=4096))
     table.optimize()  # new rows into the index too
     return table
 
 
 def search_table(table, queries: Array, k: int = 10, probes: int = 0, refine: int = 1) -> tuple[Array, Array]:
-    """Scores and ids (queries, k) of the nearest; `probes` cells of the index are read, or, for 0, every row."""
-    found = []
-    for query in padded(queries):
+    """Scores and ids (queries, k) of the nearest, -inf and "" where there are fewer. probes: cells read; 0 for all rows."""
+    scores, ids = np.full((len(queries), k), -np.inf, np.float32), np.full((len(queries), k), "", object)
+    for row, query in enumerate(padded(queries)):
         search = table.search(query).distance_type("dot").select(["id", "_distance"]).limit(k)
-        search = search.nprobes(probes).refine_factor(refine) if probes else search.bypass_vector_index()
-        found.append(search.to_arrow().to_pydict())
-    return 1 - np.array([rows["_distance"] for rows in found], np.float32), np.array([rows["id"] for rows in found])
+        found = (search.nprobes(probes).refine_factor(refine) if probes else search.bypass_vector_index()).to_arrow()
+        scores[row, : len(found)], ids[row, : len(found)] = 1 - found["_distance"].to_numpy(), found["id"].to_pylist()
+    return scores, ids
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("input")
-    parser.add_argument("output")
+    parser.add_argument("input"), parser.add_argument("output")
     parser.add_argument("--encoder", required=True, help="as load_encoder takes it, such as open_clip:ViT-B-32/openai")
     parser.add_argument("--references", help="texts, one a line, whose nearest images are hubs (notebook 06)")
-    parser.add_argument("--workers", type=int, default=0, help="processes; default: one a core of this machine")
+    parser.add_argument(
+        "--workers", type=int, default=0, help="processes in all; default: as many as this machine has cores"
+    )
     parser.add_argument("--gpus", type=float, default=0, help="share of a GPU for each process, such as 0.125")
     parser.add_argument("--ray", metavar="ADDRESS", help="a Ray cluster; auto: the one of this machine")
     asked = parser.parse_args()
     encoder, texts = gu.load_encoder(asked.encoder), storage.read(asked.references) if asked.references else b""
-    told = {"encoder": asked.encoder, "weights": encoder.fingerprint(), "references": hashlib.md5(texts).hexdigest()}
-    storage.check_settings(asked.output, told)
-    references = gu.embed_texts(encoder, texts.decode().splitlines()) if texts else None
+    made_with = {"encoder": asked.encoder, "weights": encoder.fingerprint(), "references": texts, "gpu": asked.gpus > 0}
+    storage.check_settings(asked.output, made_with)
+    references = gu.embed_texts(encoder, texts.decode("utf-8-sig").splitlines()) if texts else None
     if asked.ray:
         daft.set_runner_ray(asked.ray)
     facts = embed_all(asked.encoder, references, asked.input, asked.output, asked.workers, asked.gpus)
-    broken = [fact["broken"] for fact in facts if "broken" in fact]
     unreadable = [f"{fact['tar']}/{name}" for fact in facts for name in fact.get("unreadable", [])]
-    print(f"{len(facts) - len(broken)} tars embedded, with {len(unreadable)} unreadable images:", *unreadable[:9])
+    print(f"{len(facts)} tars read, with {len(unreadable)} images that are not readable:", *unreadable[:9])
     print(f"the table has {fill_table(asked.output).count_rows():,} images")
-    raise SystemExit("not embedded: " + "; ".join(broken) if broken else 0)
+    raise SystemExit("\n".join(fact["broken"] for fact in facts if "broken" in fact) or 0)
 
 
 if __name__ == "__main__":

@@ -312,32 +312,36 @@ def building() -> plt.Axes:
 
 def scaling() -> plt.Axes:
     """09: tars, workers, Parquet files, the table and the query, and on which machine each of them lives."""
-    axis = canvas(9, 3.3)
+    axis = canvas(9, 3.6)
     places = ((0.1, 1.75, "object storage,\nor a disk"), (1.95, 2.15, "a cluster, or the\ncores of one machine"))
     places += ((4.2, 1.75, "object storage,\nor a disk"), (6.05, 2.85, "one machine, which reads\nwhat a query needs"))
     for x, width, text in places:
-        axis.add_patch(plt.Rectangle((x, 0.55), width, 2.2, facecolor="#F4F4F4", edgecolor="none"))
+        axis.add_patch(plt.Rectangle((x, 0.55), width, 2.55, facecolor="#F4F4F4", edgecolor="none"))
         note(axis, x + width / 2, 0.27, text, 9.5)
-    for i, y in enumerate((2.2, 1.5, 0.8)):
-        box(axis, 0.97, y, f"part-{i}.tar", PLAIN, 1.2, 0.42)
-        arrow(axis, (1.57, y), (2.1, y))
-        box(axis, 3.02, y, "worker: encoder\nand bias", FIXED, 1.75, 0.5)
-        arrow(axis, (3.9, y), (4.35, y))
-        box(axis, 5.07, y, f"part-{i}.parquet", PLAIN, 1.4, 0.42)
-        arrow(axis, (5.77, y), (6.25, 1.5 + 0.25 * (y - 1.5)))
-    box(axis, 6.8, 1.5, "table\nand index", PLAIN, 1.1, 1.0)
-    arrow(axis, (7.95, 1.78), (7.37, 1.62))
-    arrow(axis, (7.37, 1.38), (7.95, 1.22), RIGHT)
-    note(axis, 8.4, 1.82, "query", 10)
-    note(axis, 8.4, 1.18, "ids and\nscores", 10, RIGHT)
+    for i, y in enumerate((2.8, 2.2, 1.6, 1.0)):
+        worker = 2.5 if i < 2 else 1.3
+        box(axis, 0.97, y, f"00{i}.tar", PLAIN, 1.2, 0.4)
+        arrow(axis, (1.57, y), (2.13, worker + 0.35 * (y - worker)))
+        arrow(axis, (3.91, worker + 0.35 * (y - worker)), (4.37, y))
+        box(axis, 5.07, y, f"00{i}.parquet", PLAIN, 1.4, 0.4)
+        arrow(axis, (5.77, y), (6.25, 1.9 + 0.3 * (y - 1.9)))
+    for y in (2.5, 1.3):
+        box(axis, 3.02, y, "worker: encoder\nand bias", FIXED, 1.75, 0.62)
+        arrow(axis, (3.02, 1.9 + 0.12 * (y - 1.9)), (3.02, 1.9 + 0.42 * (y - 1.9)))
+    note(axis, 3.02, 1.9, "references", 9.5)
+    box(axis, 6.8, 1.9, "table\nand index", PLAIN, 1.1, 1.0)
+    arrow(axis, (7.95, 2.18), (7.37, 2.02))
+    arrow(axis, (7.37, 1.78), (7.95, 1.62), RIGHT)
+    note(axis, 8.4, 2.22, "query", 10)
+    note(axis, 8.4, 1.58, "ids and\nscores", 10, RIGHT)
     headings = (
-        (0.97, "images"),
-        (3.02, "section 3: the engine"),
+        (0.97, "images (section 2)"),
+        (3.02, "an engine (3, 4)"),
         (5.07, "id, vector, bias"),
-        (7.47, "sections 5 to 7"),
+        (7.47, "a search (5 to 7)"),
     )
     for x, text in headings:
-        note(axis, x, 2.98, text, 10)
+        note(axis, x, 3.33, text, 10)
     return axis
 
 

@@ -222,6 +222,10 @@ def test_a_notebook_runs_its_checks_tell_right_from_wrong_and_its_results_are_ti
         assert np.isfinite(row["value"])
         if row["low"] is not None:
             assert row["low"] - 1e-6 <= row["value"] <= row["high"] + 1e-6, row
+    least = {"identical_files": 100, "same_rows": 99.5}  # of 09: after kills, and after changes
+    promised = [row for row in written["rows"] if row["metric"] in least]
+    assert len(promised) == (11 if path.stem == "09_scale_out" else 0)
+    assert all(row["value"] >= least[row["metric"]] for row in promised), promised
 
 
 def test_anyones_encoders_on_anyones_labelled_folder(folder, tmp_path, results, cache):

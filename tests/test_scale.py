@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import io
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -65,7 +66,7 @@ def references(tars, encoder):
 def embedded(tars, encoder, references, tmp_path_factory):
     """The four Parquet files, made without an engine, as an undisturbed run makes them."""
     output = tmp_path_factory.mktemp("embedded")
-    for name in storage.names_below(tars, ".tar"):
+    for name in storage.files_below(tars, ".tar"):
         scale.embed_tar(encoder, references, str(tars), str(output), name)
     return output
 
@@ -73,7 +74,7 @@ def embedded(tars, encoder, references, tmp_path_factory):
 @pytest.fixture
 def output(embedded, tmp_path):
     """A copy of them, to change."""
-    for name in storage.names_below(embedded, ".parquet"):
+    for name in storage.files_below(embedded, ".parquet"):
         storage.write(tmp_path / f"output/{name}.parquet", storage.read(embedded / f"{name}.parquet"))
     return tmp_path / "output"
 
@@ -83,7 +84,7 @@ def all_rows(output: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     folder = output / "embeddings"
     parts = [
         part
-        for name in storage.names_below(folder, ".parquet")
+        for name in storage.files_below(folder, ".parquet")
         for part in storage.read_rows(f"{folder}/{name}.parquet")
     ]
     ids, vectors, bias = zip(*parts, strict=True)
@@ -94,7 +95,7 @@ def digests(output: Path) -> dict[str, str]:
     folder = output / "embeddings"
     return {
         name: hashlib.md5(storage.read(f"{folder}/{name}.parquet")).hexdigest()
-        for name in storage.names_below(folder, ".parquet")
+        for name in storage.files_below(folder, ".parquet")
     }
 
 
@@ -116,7 +117,7 @@ def run(source, output, *options, **more) -> tuple[int, str, str]:
 
 def test_every_image_has_the_vector_and_the_bias_that_the_module_gives_it(embedded, world, encoder, references):
     ids, vectors, bias = all_rows(embedded)
-    assert list(ids[:2]) == ["a/000.png", "a/001.png"] and ids[-1] == "deep/d/059.png"
+    assert list(ids[:2]) == ["a.tar/000.png", "a.tar/001.png"] and ids[-1] == "deep/d.tar/059.png"
     np.testing.assert_allclose(vectors, gu.embed_images(encoder, world), atol=1e-5)
     np.testing.assert_allclose(bias, gu.hub_bias(vectors, references, len(references)), atol=1e-6)
 
@@ -133,7 +134,7 @@ def test_unreadable_images_are_counted_and_named_and_their_neighbours_embedded(t
     assert facts == {"tar": "x", "images": 2, "unreadable": ["1.png", "2.jpg"]}
     assert storage.facts_of(tmp_path / "out/embeddings/x.parquet") == facts
     ids, vectors, bias = all_rows(tmp_path / "out")
-    assert list(ids) == ["x/0.png", "x/3.png"] and np.array_equal(vectors[0], vectors[1]) and not bias.any()
+    assert list(ids) == ["x.tar/0.png", "x.tar/3.png"] and np.array_equal(vectors[0], vectors[1]) and not bias.any()
 
 
 def test_an_image_without_a_direction_is_left_out_by_name(tmp_path):
@@ -157,14 +158,20 @@ def test_broken_tars_say_what_they_are_and_leave_no_file(tmp_path, world, encode
     whole = (tmp_path / "whole.tar").read_bytes()
     (tmp_path / "cut.tar").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "none.tar").write_bytes(b"<html>not found</html>" * 100)
+    with tarfile.open(tmp_path / "whole.tar") as tar:
+        fourth = tar.getmembers()[4]
+    (tmp_path / "between.tar").write_bytes(whole[: fourth.offset])  # as an upload that was cut off between two images
+    (tmp_path / "header.tar").write_bytes(whole[: fourth.offset + 100])
+    (tmp_path / "flipped.tar").write_bytes(whole[: fourth.offset] + b"?" + whole[fourth.offset + 1 :])
     with tarfile.open(tmp_path / "twice.tar", "w") as tar:
         for _ in range(2):
-            about = tarfile.TarInfo("a.png")
-            tar.addfile(about, io.BytesIO())
-    for name, reason in {"cut": "broken", "none": "is no tar", "twice": "holds a.png twice"}.items():
-        with pytest.raises(ValueError, match=rf"{name}.tar.*{reason}"):
+            tar.addfile(tarfile.TarInfo("a.png"), io.BytesIO())
+    reasons = {"cut": "broken", "none": "is no tar", "twice": "holds a.png twice"}
+    reasons |= dict.fromkeys(("between", "header", "flipped"), "cut off, or damaged, after 4 images")
+    for name, reason in reasons.items():
+        with pytest.raises(storage.BrokenTar, match=rf"{name}.tar.*{reason}"):
             scale.embed_tar(encoder, None, str(tmp_path), str(tmp_path), name)
-    assert storage.names_below(tmp_path, ".parquet") == [] and not list(tmp_path.rglob("*.partial"))
+    assert storage.files_below(tmp_path, ".parquet") == {} and not list(tmp_path.rglob("*.partial"))
 
 
 def test_a_file_that_cannot_be_written_leaves_nothing_behind(tmp_path):
@@ -216,11 +223,11 @@ def test_what_was_deleted_never_returns(output, encoder):
     table = scale.fill_table(str(output), indexed=100)
     assert table.list_indices()
     _, vectors, _ = all_rows(output)
-    table.delete("id = 'a/000.png'")
+    table.delete("id = 'a.tar/000.png'")
     table = scale.fill_table(str(output), indexed=100)  # as every later run does
     for probes in (0, 20):
         _, found = scale.search_table(table, vectors[:1], 239, probes, 10)
-        assert "a/000.png" not in found[0] and len({*found[0]}) == found.shape[1]
+        assert "a.tar/000.png" not in found[0] and len({*found[0]}) == found.shape[1]
 
 
 def test_filling_again_adds_what_is_new_and_nothing_twice(output, encoder):
@@ -233,6 +240,30 @@ def test_filling_again_adds_what_is_new_and_nothing_twice(output, encoder):
     os.remove(output / "table/filled.json")  # as if killed just before it was written
     table = scale.fill_table(str(output))
     check_same(table, *all_rows(output), encoder)
+
+
+def test_a_tar_that_was_embedded_again_takes_the_place_of_its_old_rows(output, encoder):
+    """Its neighbours stay, also one in a folder of the same name."""
+    folder = output / "embeddings"
+    vectors, bias = gu.checks.unit_rows(np.random.default_rng(0).normal(size=(7, encoder.dim))), np.zeros(7)
+    storage.write_rows(folder / "a/it's.parquet", [f"a/it's.tar/{i}" for i in range(3)], vectors[:3], bias[:3], {})
+    assert scale.fill_table(str(output)).count_rows() == 243
+    storage.write_rows(folder / "a.parquet", ["a.tar/000.png", "a.tar/new.png"], vectors[5:7], bias[5:7], {})
+    storage.write_rows(folder / "a/it's.parquet", ["a/it's.tar/0"], vectors[:1], bias[:1], {})
+    check_same(scale.fill_table(str(output)), *all_rows(output), encoder)
+
+
+def test_where_fewer_are_found_than_asked_for_the_rest_is_marked(output):
+    table = scale.fill_table(str(output))
+    scores, found = scale.search_table(table, all_rows(output)[1][:2], 250)
+    assert (found[:, :240] != "").all() and (found[:, 240:] == "").all() and np.isneginf(scores[:, 240:]).all()
+
+
+def test_a_question_mark_in_an_address_and_references_that_are_nowhere_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="leave out what follows the .; AWS_ENDPOINT_URL"):
+        storage.place("s3://photos/tars?endpoint_override=somewhere")
+    with pytest.raises(FileNotFoundError):
+        storage.read(tmp_path / "captions.txt")
 
 
 def test_an_index_of_3_bits_finds_98_of_100_in_the_mini_world(tmp_path, encoder):
@@ -266,7 +297,7 @@ def alive(process: psutil.Process) -> bool:
 
 
 def test_the_command_embeds_all_names_what_is_broken_and_opens_no_port_but_to_itself(tars, embedded, tmp_path):
-    for name in (*storage.names_below(tars, ".tar"), "bad"):
+    for name in (*storage.files_below(tars, ".tar"), "bad"):
         content = b"no tar" * 1000 if name == "bad" else storage.read(f"{tars}/{name}.tar")
         storage.write(tmp_path / f"in/{name}.tar", content)
     process = start(tmp_path / "in", tmp_path / "out", "--references", tars / "captions.txt", "--workers", 1)
@@ -282,17 +313,20 @@ def test_the_command_embeds_all_names_what_is_broken_and_opens_no_port_but_to_it
         time.sleep(0.1)
     said, errors = process.communicate()
     assert process.returncode == 1 and "bad.tar is no tar, or a broken one" in errors
-    assert "4 tars embedded, with 4 unreadable images: a/broken.jpg b/broken.jpg" in said and "has 240 images" in said
+    assert (
+        "5 tars read, with 4 images that are not readable: a/broken.jpg b/broken.jpg" in said
+        and "has 240 images" in said
+    )
     assert digests(tmp_path / "out") == digests(embedded), "the engine changes nothing"
     assert addresses <= {"127.0.0.1", "::1"}
     assert len(family) > 1 and not any(map(alive, family.values())), "no process is left behind"
 
 
 def test_an_output_keeps_to_one_encoder_and_one_set_of_references(tmp_path):
-    storage.check_settings(tmp_path, {"encoder": "mini", "references": "1"})
-    storage.check_settings(tmp_path, {"encoder": "mini", "references": "1"})
-    with pytest.raises(ValueError, match="references 1, now 2; choose another folder"):
-        storage.check_settings(tmp_path, {"encoder": "mini", "references": "2"})
+    for _ in range(2):
+        storage.check_settings(tmp_path, {"encoder": "mini", "references": b"a vase"})
+    with pytest.raises(ValueError, match=r"references \w{32}, now \w{32}; choose another folder"):
+        storage.check_settings(tmp_path, {"encoder": "mini", "references": b"a flower"})
 
 
 def test_a_folder_without_tars_says_what_to_do(tmp_path):
@@ -380,7 +414,7 @@ for path in Path({str(tars)!r}).rglob("*.*"):
 """
     download = f"""
 from gpnns_utils import scale, storage
-for name in storage.names_below("s3://photos/out/embeddings", ".parquet"):
+for name in storage.files_below("s3://photos/out/embeddings", ".parquet"):
     storage.write({str(tmp_path)!r} + f"/embeddings/{{name}}.parquet", storage.read(f"s3://photos/out/embeddings/{{name}}.parquet"))
 print(scale.fill_table("s3://photos/out").count_rows())
 """
@@ -391,10 +425,40 @@ print(scale.fill_table("s3://photos/out").count_rows())
                 "s3://photos/in", "s3://photos/out", "--references", "s3://photos/in/captions.txt", **keys
             )
             assert code == 0, errors
-            assert f"{4 * (time_ == 0)} tars embedded" in said and "has 240 images" in said
+            assert f"{4 * (time_ == 0)} tars read" in said and "has 240 images" in said
         result = subprocess.run(
             [sys.executable, "-c", download], env=os.environ | keys, check=True, capture_output=True, text=True
         )
     finally:
         server.kill()
     assert result.stdout.strip() == "240" and digests(tmp_path) == digests(embedded)
+
+
+@pytest.mark.slow
+def test_the_training_of_notebook_09_runs_as_two_nodes(tmp_path):
+    """Its lines and its command as they stand there, for a tenth of an epoch, with one process a node and two nodes here."""
+    text = (gu.HERE / "notebooks" / "09_scale_out.ipynb").read_text(encoding="utf-8")
+    cells = ["".join(cell["source"]) for cell in json.loads(text)["cells"] if cell["cell_type"] == "markdown"]
+    (cell,) = [cell for cell in cells if "torchrun --nnodes" in cell]
+    blocks = re.findall(r"^```\w*\n(.*?)^```", cell, re.M | re.S)
+    (lines,) = [block for block in blocks if "fine_tune" in block]
+    assert "epochs=1.0" in lines
+    (tmp_path / "train.py").write_text(lines.replace("epochs=1.0", "epochs=0.1"))
+    (command,) = re.findall("^torchrun .*", cell, re.M)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    for said, here in {"FIRST_MACHINE": "127.0.0.1", "29500": port, "--nproc_per_node 8": "--nproc_per_node 1"}.items():
+        assert said in command
+        command = command.replace(said, here)
+    nodes = [
+        subprocess.Popen(
+            [Path(sys.executable).parent / "torchrun", *command.replace("node_rank 0", f"node_rank {node}").split()[1:]],
+            cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+        )
+        for node in (0, 1)
+    ]  # fmt: skip
+    errors = [node.communicate(timeout=300)[1] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], errors
+    assert len(list(tmp_path.glob("shared/run/*/best.safetensors"))) == 1, "one training, of two processes"
+    assert list(tmp_path.glob("shared/run/*/step_*/random_states_1.pkl"))
