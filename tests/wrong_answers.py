@@ -138,5 +138,10 @@ WRONG = {
             "def bottleneck(gpus, cores, flop, per_second, decode):\n    return 'GPUs' if gpus < cores else 'cores'",
             "def bottleneck(gpus, cores, flop, per_second, decode):\n    return 'cores' if gpus * per_second / flop < cores / decode else 'GPUs'",
         ],
+        3: [
+            "def recall(right, found):\n    return np.mean(np.array(right) == np.array(found))",
+            "def recall(right, found):\n    return np.mean([bool(set(a) & set(b)) for a, b in zip(right, found)])",
+            "def recall(right, found):\n    return sum(len(set(a) & set(b)) for a, b in zip(right, found))",
+        ],
     },
 }
