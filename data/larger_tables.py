@@ -45,12 +45,12 @@ def draw_rows(embeddings: Array, labels: Array, rows: int, seed: int = 0) -> Ite
         yield gu.checks.unit_rows(drawn)
 
 
-def make_queries(encoder: gu.Encoder) -> dict[str, Array]:
-    """200 images and 200 texts to ask with, and the texts that the bias refers to, which nobody asks."""
+def make_queries(encoder: gu.Encoder, count: int = 200) -> dict[str, Array]:
+    """Images and texts to ask with, `count` of each, and the texts that the bias refers to, which nobody asks."""
     test, captions, references = (gu.load_images("mini", split) for split in ("test", "captions", "references"))
     return {
-        "images": gu.embed_images(encoder, test)[:: len(test) // 200],
-        "texts": gu.embed_texts(encoder, [told[0] for told in captions.captions[:: len(captions) // 200]]),
+        "images": gu.embed_images(encoder, test)[:: len(test) // count],
+        "texts": gu.embed_texts(encoder, [told[0] for told in captions.captions])[:: len(captions) // count],
         "references": gu.embed_texts(encoder, [told[0] for told in references.captions]),
     }
 
