@@ -327,8 +327,8 @@ def scaling() -> plt.Axes:
         arrow(axis, (5.77, y), (6.25, 1.9 + 0.3 * (y - 1.9)))
     for y in (2.5, 1.3):
         box(axis, 3.02, y, "worker: encoder\nand bias", FIXED, 1.75, 0.62)
-        arrow(axis, (3.02, 1.9 + 0.12 * (y - 1.9)), (3.02, 1.9 + 0.42 * (y - 1.9)))
-    note(axis, 3.02, 1.9, "references", 9.5)
+        arrow(axis, (3.02, 1.9 + 0.25 * (y - 1.9)), (3.02, 1.9 + 0.47 * (y - 1.9)))
+    box(axis, 3.02, 1.9, "references", PLAIN, 1.2, 0.3)
     box(axis, 6.8, 1.9, "table\nand index", PLAIN, 1.1, 1.0)
     arrow(axis, (7.95, 2.18), (7.37, 2.02))
     arrow(axis, (7.37, 1.78), (7.95, 1.62), RIGHT)
