@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 VENV = ROOT / ".venv"
 PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-DISK = 7e9 if sys.platform == "linux" else 3e9  # torch for Linux brings the libraries of a GPU along: 6 GB in all
+DISK = 8e9 if sys.platform == "linux" else 4e9  # torch for Linux brings the libraries of a GPU along: 7 GB in all
 AGAIN = "Then run the same command again: it goes on where it was."
 REMEDIES = [  # what a failed step prints, and what to do: the first that fits
     (
