@@ -10,7 +10,9 @@ import argparse
 import itertools
 import json
 import os
+import sys
 
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the course, if nobody installed it
 os.environ |= {"DO_NOT_TRACK": "1", "DAFT_PROGRESS_BAR": "0", "LANCEDB_LOG": "error"}  # Daft would report home
 import daft
 import numpy as np
@@ -42,9 +44,7 @@ def embed_tar(encoder: gu.Encoder, references: Array | None, source: str, output
     return storage.write_rows(f"{output}/embeddings/{name}.parquet", ids, vectors, bias, facts)
 
 
-class Worker:
-    """What each process of the engine runs: it loads the encoder once, then embeds one tar after the other."""
-
+class Worker:  # in each process of the engine: it loads the encoder once, then embeds one tar after the other
     def __init__(self, encoder: str, references: Array | None, source: str, output: str, gpus: float):
         torch.set_num_threads(1)  # there is a worker for each core
         self.job = gu.load_encoder(encoder, None if gpus else "cpu"), references, source, output
@@ -64,6 +64,7 @@ def embed_all(encoder: str, references: Array | None, source: str, output: str, 
     workers, todo, facts = workers or os.cpu_count(), [name for name in tars if name not in done], []
     worker = daft.cls(Worker, use_process=True, max_concurrency=workers, gpus=gpus)
     call = worker(encoder, references, source, output, gpus).embed(daft.col("tar")).alias("facts")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(gu.HERE), os.environ.get("PYTHONPATH", "")])  # for the workers
     progress = gu.Progress(len(tars), "embedding tars", "tars", len(tars) - len(todo))
     try:
         for row in daft.from_pydict({"tar": todo}).into_batches(1).select(call).iter_rows() if todo else []:
@@ -85,8 +86,7 @@ def table_rows(ids: list[str], vectors: Array, bias: Array) -> pa.Table:
     return pa.table({"id": ids, "vector": storage.column(padded(vectors, bias))})
 
 
-def put(table, rows) -> None:
-    """Rows into the table: known ids are replaced, new ones added, so that none is there twice."""
+def put(table, rows) -> None:  # known ids are replaced and new ones added, so that none is there twice
     table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all().execute(rows)
 
 

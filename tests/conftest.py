@@ -35,6 +35,9 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
+    items.sort(
+        key=lambda item: "09_scale_out" not in item.nodeid
+    )  # the longest first: at the end one worker would idle
     for item in items:
         if "chromium" in item.fixturenames:
             item.add_marker(pytest.mark.slow)
