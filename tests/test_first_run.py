@@ -78,7 +78,7 @@ def test_a_python_without_its_venv_module(course, monkeypatch):
 
 def test_a_disk_without_room(course, monkeypatch):
     monkeypatch.setattr(INSTALL.shutil, "disk_usage", lambda _: SimpleNamespace(free=2.5e9))
-    with pytest.raises(SystemExit, match=r"need about [37].0 GB of disk, and 2.5 GB are free in .*Make room"):
+    with pytest.raises(SystemExit, match=r"need about [48].0 GB of disk, and 2.5 GB are free in .*Make room"):
         INSTALL.main()
     assert not (course / ".venv").exists()
 
