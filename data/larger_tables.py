@@ -1,7 +1,7 @@
 """Galleries larger than the mini world, and how much of what is there an approximate search of them finds.
 
 `python data/larger_tables.py` measures tables of up to three million rows and writes data/larger_tables.csv, from which
-notebook 09 draws what a laptop is not asked to wait for. It takes about half an hour on two cores and 8 GB of memory.
+notebook 09 draws what a laptop is not asked to wait for. It takes about twenty minutes on two cores and 8 GB of memory.
 """
 
 from __future__ import annotations

@@ -2,9 +2,7 @@
 
     python notebooks/scale.py path/to/tars s3://photos/found --encoder open_clip:ViT-B-32/openai --references captions.txt
 
-Reads a folder of webdataset tars, and writes a Parquet file for each, and the table. Either may lie in object storage.
-After a stop, run the same command again: tars that have their file are not read again.
-"""
+Writes a Parquet file for each webdataset tar, and the table, here or in object storage. Run it again after a stop."""
 
 import argparse
 import itertools
@@ -13,7 +11,8 @@ import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the course, if nobody installed it
-os.environ |= {"DO_NOT_TRACK": "1", "DAFT_PROGRESS_BAR": "0", "LANCEDB_LOG": "error"}  # Daft would report home
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [sys.path[0], os.environ.get("PYTHONPATH")]))  # for the workers
+os.environ |= {"DO_NOT_TRACK": "1", "RAY_USAGE_STATS_ENABLED": "0", "DAFT_PROGRESS_BAR": "0", "LANCEDB_LOG": "error"}
 import daft
 import numpy as np
 import pyarrow as pa
@@ -31,10 +30,9 @@ def embed_tar(encoder: gu.Encoder, references: Array | None, source: str, output
     while batch := list(itertools.islice(pixels, 64)):  # the memory holds one batch, however large the tar is
         members += [member for member, _ in batch]
         vectors.append(np.full((len(batch), encoder.dim), np.inf, np.float32))
-        _, readable, stack = gu.datasets.stacked([tensor for _, tensor in batch])
-        if readable:
-            stack = torch.from_numpy(stack).to(encoder.device)
-            vectors[-1][readable] = gu.run_tower(encoder, encoder.image_tower, stack)
+        _, rows, stack = gu.datasets.stacked([tensor for _, tensor in batch])
+        if rows:
+            vectors[-1][rows] = gu.run_tower(encoder, encoder.image_tower, torch.from_numpy(stack).to(encoder.device))
     members, vectors = np.array(members, object), np.concatenate(vectors)
     fit = np.isfinite(vectors[:, 0])  # an image could be read, and has a direction; a blank page may have none
     ids, vectors, bias = [f"{name}.tar/{member}" for member in members[fit]], vectors[fit], np.zeros(fit.sum())
@@ -64,7 +62,6 @@ def embed_all(encoder: str, references: Array | None, source: str, output: str, 
     workers, todo, facts = workers or os.cpu_count(), [name for name in tars if name not in done], []
     worker = daft.cls(Worker, use_process=True, max_concurrency=workers, gpus=gpus)
     call = worker(encoder, references, source, output, gpus).embed(daft.col("tar")).alias("facts")
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(gu.HERE), os.environ.get("PYTHONPATH", "")])  # for the workers
     progress = gu.Progress(len(tars), "embedding tars", "tars", len(tars) - len(todo))
     try:
         for row in daft.from_pydict({"tar": todo}).into_batches(1).select(call).iter_rows() if todo else []:
@@ -78,8 +75,7 @@ def embed_all(encoder: str, references: Array | None, source: str, output: str, 
 
 def padded(vectors: Array, bias: Array | None = None) -> Array:
     """`gu.with_bias`, and zeros up to a multiple of 8 dimensions, which change no product and which the index needs."""
-    vectors = gu.with_bias(vectors, bias)
-    return np.pad(vectors, ((0, 0), (0, -vectors.shape[1] % 8)))
+    return np.pad(wider := gu.with_bias(vectors, bias), ((0, 0), (0, -wider.shape[1] % 8)))
 
 
 def table_rows(ids: list[str], vectors: Array, bias: Array) -> pa.Table:
@@ -105,6 +101,8 @@ def fill_table(output: str, indexed: int = 100_000):
             put(base.create_table("images", schema=rows.schema, exist_ok=True), rows)
         filled |= {name: there[name] for name in group}
         storage.write(f"{output}/table/filled.json", json.dumps(filled).encode())
+    if not base.list_tables().tables:
+        raise ValueError(f"{folder} has no image: in none of the tars could one be read")
     table = base.open_table("images")
     if table.count_rows() >= indexed and not table.list_indices():
         table.create_index("vector", config=lancedb.index.IvfRq("dot", num_bits=3, target_partition_size=4096))
@@ -127,9 +125,7 @@ def main() -> None:
     parser.add_argument("input"), parser.add_argument("output")
     parser.add_argument("--encoder", required=True, help="as load_encoder takes it, such as open_clip:ViT-B-32/openai")
     parser.add_argument("--references", help="texts, one a line, whose nearest images are hubs (notebook 06)")
-    parser.add_argument(
-        "--workers", type=int, default=0, help="processes in all; default: as many as this machine has cores"
-    )
+    parser.add_argument("--workers", type=int, default=0, help="processes in all; default: one for each core here")
     parser.add_argument("--gpus", type=float, default=0, help="share of a GPU for each process, such as 0.125")
     parser.add_argument("--ray", metavar="ADDRESS", help="a Ray cluster; auto: the one of this machine")
     asked = parser.parse_args()
@@ -138,12 +134,16 @@ def main() -> None:
     storage.check_settings(asked.output, made_with)
     references = gu.embed_texts(encoder, texts.decode("utf-8-sig").splitlines()) if texts else None
     if asked.ray:
-        daft.set_runner_ray(asked.ray)
+        import ray
+
+        ray.init(asked.ray, runtime_env={"env_vars": {"DO_NOT_TRACK": "1", "DAFT_PROGRESS_BAR": "0"}})  # there, too
+        daft.set_runner_ray()
     facts = embed_all(asked.encoder, references, asked.input, asked.output, asked.workers, asked.gpus)
     unreadable = [f"{fact['tar']}/{name}" for fact in facts for name in fact.get("unreadable", [])]
     print(f"{len(facts)} tars read, with {len(unreadable)} images that are not readable:", *unreadable[:9])
+    sys.stderr.writelines(fact["broken"] + "\n" for fact in facts if "broken" in fact)
     print(f"the table has {fill_table(asked.output).count_rows():,} images")
-    raise SystemExit("\n".join(fact["broken"] for fact in facts if "broken" in fact) or 0)
+    raise SystemExit(any("broken" in fact for fact in facts))
 
 
 if __name__ == "__main__":

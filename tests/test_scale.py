@@ -23,7 +23,7 @@ from PIL import Image
 import gpnns_utils as gu
 from gpnns_utils import scale, storage
 
-SCRIPT = gu.HERE / "notebooks" / "scale.py"
+SCRIPT, BIN = gu.HERE / "notebooks" / "scale.py", Path(sys.executable).parent
 
 
 def pack(path: Path, files: dict[str, bytes]) -> None:
@@ -112,6 +112,19 @@ def run(source, output, *options, **more) -> tuple[int, str, str]:
     process = start(source, output, *options, **more)
     said, errors = process.communicate(timeout=300)
     return process.returncode, said, errors
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def told_in_notebook_09(words: str) -> str:
+    """The one text of notebook 09 that has these words."""
+    cells = json.loads((gu.HERE / "notebooks" / "09_scale_out.ipynb").read_text(encoding="utf-8"))["cells"]
+    (text,) = ["".join(cell["source"]) for cell in cells if words in "".join(cell["source"])]
+    return text
 
 
 # --- partitions ------------------------------------------------------------------------------------------------------
@@ -347,6 +360,14 @@ def test_a_folder_without_tars_says_what_to_do(tmp_path):
         scale.embed_all("mini", None, str(tmp_path / "nowhere"), str(tmp_path / "out"))
 
 
+def test_tars_without_a_readable_image_are_named_before_the_table_says_that_it_is_empty(tmp_path):
+    pack(tmp_path / "in/no_images.tar", {"a.jpg": b"no image"})
+    storage.write(tmp_path / "in/no_tar.tar", b"no tar" * 1000)
+    code, said, errors = run(tmp_path / "in", tmp_path / "out", "--workers", 1)
+    assert code == 1 and "1 images that are not readable: no_images/a.jpg" in said
+    assert "no_tar.tar is no tar, or a broken one" in errors and "embeddings has no image" in errors
+
+
 @pytest.mark.slow
 def test_after_sigkill_of_worker_and_driver_the_same_bytes_and_nothing_is_computed_twice(tars, embedded, tmp_path):
     """Notebook 09 does so too, in every `make test`."""
@@ -405,10 +426,48 @@ def test_ray_gives_the_same_files(tars, embedded, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_cluster_as_notebook_09_starts_it_gives_the_same_files_and_reports_nothing_home(tars, embedded, tmp_path):
+    """Its lines as they stand there, for two nodes on this machine with a core each; stopped by their own processes."""
+    port, home = free_port(), {"HOME": str(tmp_path), "DO_NOT_TRACK": "0", "PATH": f"{BIN}:{os.environ['PATH']}"}
+    commands = re.findall("^(?:export|ray) .*", told_in_notebook_09("ray start --head --port 6379 "), re.M)[:4]
+    allowed, token, head, node = [command.partition("  # ")[0].strip() for command in commands]
+    home |= dict([allowed.removeprefix("export ").split("=")])
+    head = head.replace("6379", str(port)) + " --include-dashboard false"
+    node = node.replace("FIRST_MACHINE:6379", f"127.0.0.1:{port}")
+    subprocess.run(token, shell=True, env=os.environ | home, check=True)
+    started, workers = [], {}
+    try:
+        for command in (head, node):
+            command = f"exec {command} --num-cpus 1 --block"
+            started.append(
+                subprocess.Popen(command, shell=True, env=os.environ | home, stdout=subprocess.PIPE, text=True)
+            )
+            for line in started[-1].stdout:
+                if "Ray runtime started" in line:
+                    break
+        nodes = [psutil.Process(process.pid) for process in started]
+        options = "--references", tars / "captions.txt", "--ray", f"127.0.0.1:{port}", "--workers", 2
+        process = start(tars, tmp_path / "out", *options, **home)
+        while process.poll() is None:
+            for child in [child for parent in nodes for child in parent.children(recursive=True)]:
+                with contextlib.suppress(psutil.Error):  # it has just ended
+                    if "Actor" in child.name() or "Actor" in " ".join(child.cmdline()):
+                        workers[child.pid] = child.environ()
+            time.sleep(0.1)
+        said, errors = process.communicate()
+        assert process.returncode == 0, errors
+        everyone = [child for parent in nodes for child in parent.children(recursive=True)]
+    finally:
+        for process in reversed(started):
+            process.terminate()
+    assert digests(tmp_path / "out") == digests(embedded)
+    assert workers and {environment["DO_NOT_TRACK"] for environment in workers.values()} == {"1"}
+    assert not left_behind(everyone)
+
+
+@pytest.mark.slow
 def test_input_and_output_may_lie_in_object_storage(tars, embedded, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     address = f"http://127.0.0.1:{port}"
     keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": "us-east-1"}
     keys |= {
@@ -460,23 +519,19 @@ print(scale.fill_table("s3://photos/out").count_rows())
 @pytest.mark.slow
 def test_the_training_of_notebook_09_runs_as_two_nodes(tmp_path):
     """Its lines and its command as they stand there, for a tenth of an epoch, with one process a node and two nodes here."""
-    text = (gu.HERE / "notebooks" / "09_scale_out.ipynb").read_text(encoding="utf-8")
-    cells = ["".join(cell["source"]) for cell in json.loads(text)["cells"] if cell["cell_type"] == "markdown"]
-    (cell,) = [cell for cell in cells if "torchrun --nnodes" in cell]
+    cell = told_in_notebook_09("torchrun --nnodes")
     blocks = re.findall(r"^```\w*\n(.*?)^```", cell, re.M | re.S)
     (lines,) = [block for block in blocks if "fine_tune" in block]
     assert "epochs=1.0" in lines
     (tmp_path / "train.py").write_text(lines.replace("epochs=1.0", "epochs=0.1"))
     (command,) = re.findall("^torchrun .*", cell, re.M)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     for said, here in {"FIRST_MACHINE": "127.0.0.1", "29500": port, "--nproc_per_node 8": "--nproc_per_node 1"}.items():
         assert said in command
         command = command.replace(said, here)
     nodes = [
         subprocess.Popen(
-            [Path(sys.executable).parent / "torchrun", *command.replace("node_rank 0", f"node_rank {node}").split()[1:]],
+            [BIN / "torchrun", *command.replace("node_rank 0", f"node_rank {node}").split()[1:]],
             cwd=tmp_path, stderr=subprocess.PIPE, text=True,
         )
         for node in (0, 1)
