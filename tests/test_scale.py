@@ -360,6 +360,13 @@ def test_a_folder_without_tars_says_what_to_do(tmp_path):
         scale.embed_all("mini", None, str(tmp_path / "nowhere"), str(tmp_path / "out"))
 
 
+def test_a_table_of_no_image_says_so(tmp_path):
+    storage.write_rows(tmp_path / "embeddings/a.parquet", [], np.empty((0, 8), np.float32), np.empty(0), {})
+    with pytest.raises(ValueError, match="embeddings has no image: in none of the tars could one be read"):
+        scale.fill_table(str(tmp_path))
+
+
+@pytest.mark.slow
 def test_tars_without_a_readable_image_are_named_before_the_table_says_that_it_is_empty(tmp_path):
     pack(tmp_path / "in/no_images.tar", {"a.jpg": b"no image"})
     storage.write(tmp_path / "in/no_tar.tar", b"no tar" * 1000)
@@ -451,7 +458,7 @@ def test_a_cluster_as_notebook_09_starts_it_gives_the_same_files_and_reports_not
         while process.poll() is None:
             for child in [child for parent in nodes for child in parent.children(recursive=True)]:
                 with contextlib.suppress(psutil.Error):  # it has just ended
-                    if "Actor" in child.name() or "Actor" in " ".join(child.cmdline()):
+                    if "Actor" in " ".join(child.cmdline()):
                         workers[child.pid] = child.environ()
             time.sleep(0.1)
         said, errors = process.communicate()
