@@ -93,7 +93,9 @@ class Numbers(torch.utils.data.Dataset):
         return row**2
 
 
-@pytest.mark.parametrize("error", [None, OSError(24, "Too many open files"), MemoryError()])
+@pytest.mark.parametrize(
+    "error", [None, OSError(24, "Too many open files"), pytest.param(MemoryError(), marks=pytest.mark.slow)]
+)
 def test_workers_that_are_lost_are_replaced_by_fewer_and_nothing_is_lost_or_twice(error):
     rows = [list(range(start, start + 5)) for start in range(0, 50, 5)]
     with pytest.warns(UserWarning, match="going on with this one alone.*--shm-size") as caught:

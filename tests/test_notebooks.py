@@ -498,7 +498,7 @@ def test_averaging_equals_beats_the_best_of_them_and_averaging_nothing_is_found_
         ("this course's", None, "lines"),
         ("heads", None, "uniform"),
         pytest.param("open_clip", "open_clip:ViT-S-32-alt/random", "best", marks=pytest.mark.slow),  # two minutes
-        ("batch norm", "timm:test_efficientnet@START", "greedy"),
+        pytest.param("batch norm", "timm:test_efficientnet@START", "greedy", marks=pytest.mark.slow),
         ("batch norm", "timm:test_efficientnet@START", "model_stock"),
     ],
 )

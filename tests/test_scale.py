@@ -127,6 +127,10 @@ def told_in_notebook_09(words: str) -> str:
     return text
 
 
+# Ray ends its workers when the memory of the machine is nearly full, whoever has taken it: here the other tests.
+RAY = {"RAY_memory_monitor_refresh_ms": "0"}
+
+
 # --- partitions ------------------------------------------------------------------------------------------------------
 
 
@@ -425,9 +429,7 @@ print(len(asked))
 
 @pytest.mark.slow
 def test_ray_gives_the_same_files(tars, embedded, tmp_path):
-    code, said, errors = run(
-        tars, tmp_path / "out", "--references", tars / "captions.txt", "--ray", "local", RAY_USAGE_STATS_ENABLED="0"
-    )
+    code, said, errors = run(tars, tmp_path / "out", "--references", tars / "captions.txt", "--ray", "local", **RAY)
     assert code == 0, errors
     assert digests(tmp_path / "out") == digests(embedded)
 
@@ -435,7 +437,7 @@ def test_ray_gives_the_same_files(tars, embedded, tmp_path):
 @pytest.mark.slow
 def test_a_cluster_as_notebook_09_starts_it_gives_the_same_files_and_reports_nothing_home(tars, embedded, tmp_path):
     """Its lines as they stand there, for two nodes on this machine with a core each; stopped by their own processes."""
-    port, home = free_port(), {"HOME": str(tmp_path), "DO_NOT_TRACK": "0", "PATH": f"{BIN}:{os.environ['PATH']}"}
+    port, home = free_port(), {"HOME": str(tmp_path), "DO_NOT_TRACK": "0", "PATH": f"{BIN}:{os.environ['PATH']}"} | RAY
     commands = re.findall("^(?:export|ray) .*", told_in_notebook_09("ray start --head --port 6379 "), re.M)[:4]
     allowed, token, head, node = [command.partition("  # ")[0].strip() for command in commands]
     home |= dict([allowed.removeprefix("export ").split("=")])
