@@ -24,6 +24,8 @@ import gpnns_utils as gu
 from gpnns_utils import scale, storage
 
 SCRIPT, BIN = gu.HERE / "notebooks" / "scale.py", Path(sys.executable).parent
+# Ray ends its workers when the memory of the machine is nearly full, whoever has taken it: here the other tests.
+RAY = {"RAY_memory_monitor_refresh_ms": "0"}
 
 
 def pack(path: Path, files: dict[str, bytes]) -> None:
@@ -125,10 +127,6 @@ def told_in_notebook_09(words: str) -> str:
     cells = json.loads((gu.HERE / "notebooks" / "09_scale_out.ipynb").read_text(encoding="utf-8"))["cells"]
     (text,) = ["".join(cell["source"]) for cell in cells if words in "".join(cell["source"])]
     return text
-
-
-# Ray ends its workers when the memory of the machine is nearly full, whoever has taken it: here the other tests.
-RAY = {"RAY_memory_monitor_refresh_ms": "0"}
 
 
 # --- partitions ------------------------------------------------------------------------------------------------------
