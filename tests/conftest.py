@@ -35,9 +35,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(
-        key=lambda item: "09_scale_out" not in item.nodeid
-    )  # the longest first: at the end one worker would idle
+    items.sort(key=lambda item: "09_scale_out" not in item.nodeid)  # the longest first: last, a worker would idle
     for item in items:
         if "chromium" in item.fixturenames:
             item.add_marker(pytest.mark.slow)

@@ -436,12 +436,13 @@ def test_ray_gives_the_same_files(tars, embedded, tmp_path):
 def test_a_cluster_as_notebook_09_starts_it_gives_the_same_files_and_reports_nothing_home(tars, embedded, tmp_path):
     """Its lines as they stand there, for two nodes on this machine with a core each; stopped by their own processes."""
     port, home = free_port(), {"HOME": str(tmp_path), "DO_NOT_TRACK": "0", "PATH": f"{BIN}:{os.environ['PATH']}"} | RAY
-    commands = re.findall("^(?:export|ray) .*", told_in_notebook_09("ray start --head --port 6379 "), re.M)[:4]
-    allowed, token, head, node = [command.partition("  # ")[0].strip() for command in commands]
+    commands = re.findall("^(?:export|ray|chmod) .*", told_in_notebook_09("ray start --head --port 6379 "), re.M)[:5]
+    allowed, token, hidden, head, node = [command.partition("  # ")[0].strip() for command in commands]
     home |= dict([allowed.removeprefix("export ").split("=")])
     head = head.replace("6379", str(port)) + " --include-dashboard false"
     node = node.replace("FIRST_MACHINE:6379", f"127.0.0.1:{port}")
-    subprocess.run(token, shell=True, env=os.environ | home, check=True)
+    subprocess.run(f"{token} && {hidden}", shell=True, env=os.environ | home, check=True)
+    assert (tmp_path / ".ray/auth_token").stat().st_mode & 0o777 == 0o600
     started, workers = [], {}
     try:
         for command in (head, node):
@@ -488,7 +489,6 @@ def test_input_and_output_may_lie_in_object_storage(tars, embedded, tmp_path):
     )
     upload = f"""
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from pyarrow import fs
 from gpnns_utils import storage
