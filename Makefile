@@ -9,7 +9,7 @@ help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
 course: $(VENV)/.ready  ## run every notebook on the mini world, results in runs/mini/
-	$(BIN)/python notebooks/run.py
+	$(BIN)/python -m gpnns.tools.run
 
 # Two workers, one thread each. The default needs no browser, and trains no more than a few steps.
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
@@ -27,16 +27,16 @@ app: $(VENV)/.ready  ## the explorer alone, as a web page on this machine
 	cd notebooks && $(abspath $(BIN))/voila 01_search_images.ipynb
 
 site: $(VENV)/.ready  ## the notebooks as web pages, in build/site/index.html
-	$(BIN)/python notebooks/pages.py
+	$(BIN)/python -m gpnns.tools.pages
 
 render: $(VENV)/.ready  ## refresh the outputs that are committed with the notebooks
-	$(BIN)/python notebooks/run.py --render
+	$(BIN)/python -m gpnns.tools.run --render
 
 world: $(VENV)/.ready  ## make the weights and scores that are shipped anew, from code alone; goes on after a break
-	$(BIN)/python data/make_world.py
+	$(BIN)/python -m gpnns.tools.make_world
 
 claims: $(VENV)/.ready  ## the table of the papers' claims, data/claims.csv, from the shipped scores; what is missing is trained
-	$(BIN)/python data/claims_table.py
+	$(BIN)/python -m gpnns.claims.claims_table
 
 bench: $(VENV)/.ready  ## timings beside other libraries, in runs/bench.json
 	$(BIN)/python tests/benchmarks/bench.py
@@ -48,7 +48,7 @@ check: $(VENV)/.ready
 # .ready is made last: after a failure the next make goes on with the installation.
 $(VENV)/.ready: pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "There is no $(PYTHON) here. Install Python 3.11 or newer with its venv module (Debian and Ubuntu: apt install python3-venv; macOS: brew install python), or name one that is there: make PYTHON=/path/to/python3.12"; exit 1; }
-	@$(PYTHON) notebooks/install.py
+	@$(PYTHON) notebooks/gpnns/tools/install.py
 	@touch $@
 
 clean:  ## remove environment, caches and results

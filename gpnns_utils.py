@@ -4,8 +4,8 @@ where are we -> images -> encoders -> embeddings -> neighbours -> scores -> resu
 
 Everything that passes from one section to the next is a plain numpy array or a small dataclass, so you can leave at
 any point with what you have. Embeddings are float32 (n, d) with unit rows; a row number is an image's identity.
-What is read by name lives in data/datasets.py and data/encoders.py, fine-tuning in notebooks/training.py; libraries
-that only some readers need are imported where they are used.
+Everything else lives in the package `gpnns`, notebooks/gpnns: what is read by name in its images/ and encoders/, and one file
+for each lesson. Libraries that only some readers need are imported where they are used.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import html
-import importlib
 import io
 import json
 import os
 import platform
+import re
 import shutil
 import sys
 import textwrap
@@ -27,71 +27,26 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import torch
 from threadpoolctl import threadpool_limits
 
-if TYPE_CHECKING:
-    import faiss
-    import ipywidgets as widgets
-    from gpnns_utils.datasets import ImageSet
-    from gpnns_utils.encoders import Encoder
-    from IPython.display import HTML
-    from IPython.display import Image as Picture
+HERE = Path(__file__).resolve().parent
+CHECKOUT = (HERE / "notebooks" / "gpnns").is_dir()  # otherwise: installed by pip, the data lie in the package
+if CHECKOUT:
+    sys.path.insert(0, str(HERE / "notebooks"))  # where the package is, also for those who installed nothing
+
+from gpnns.encoders.encoder import Encoder
+from gpnns.images import decoding
+from gpnns.images.image_set import NO_LABELS, ImageSet
 
 Array = np.ndarray
-HERE = Path(__file__).resolve().parent
-CHECKOUT = (HERE / "data" / "mini_world.py").exists()  # otherwise: installed by pip, the data lie beside this file
-DATA = HERE / "data" if CHECKOUT else HERE / "gpnns_data"
-
-# Files in these folders are submodules: gpnns_utils.datasets, gpnns_utils.training and so on.
-__path__ = [str(DATA), str(HERE / ("notebooks" if CHECKOUT else "gpnns_notebooks"))]
-from gpnns_utils.checks import (  # noqa: E402
-    check_cut,
-    check_k,
-    check_labels,
-    check_same_kind,
-    check_texts,
-    checked,
-    checked_bias,
-    row_numbers,
-    unit_rows,
-    vecdot,
-)  # fmt: skip
-
-ELSEWHERE = {
-    "datasets": ("ImageSet", "text_queries", "class_texts", "load_splits", "split_classes", "load_published"),
-    "own_images": (),
-    "captions": (),
-    "encoders": ("Encoder", "add_head", "save_checkpoint"),
-    "checkpoints": ("load_checkpoint",),
-    "soups": (),
-    "benchmark": (),
-    "hubs": (),
-    "tables": (),
-    "building": (),
-    "parameters": ("take_parameters",),
-    "training": (),
-    "storage": (),
-    "scale": (),
-    "claims_table": (),
-}
-
-
-def __getattr__(name: str):
-    """A submodule, or a name that lives in one, loaded when it is first asked for (PEP 562)."""
-    for module, names in ELSEWHERE.items():
-        if name == module:
-            return importlib.import_module(f"{__name__}.{module}")
-        if name in names:
-            return getattr(importlib.import_module(f"{__name__}.{module}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return [*globals(), *ELSEWHERE, *(name for names in ELSEWHERE.values() for name in names)]
+Index = Any  # of faiss
+Picture = HTML = Any  # of IPython; what only some readers need is imported where it is used
+COURSE = HERE / ("notebooks" if CHECKOUT else "gpnns")  # where profiles and schematics are
+DATA = (HERE if CHECKOUT else COURSE) / "data"
 
 
 # --- where are we ----------------------------------------------------------------------------------------------------
@@ -240,7 +195,7 @@ def disk_error(path: Path, error: Exception, kept: str) -> OSError:
 def load_images(source: str | Path, split: str = "test") -> ImageSet:
     """Load "mini" (the drawn world), a data set by name, a folder, a table of images, or webdataset tars.
 
-    An ImageSet (data/datasets.py) holds images and what is known of them: labels, groups, captions, names of classes.
+    An ImageSet (gpnns/images/image_set.py) holds images and what is known of them: labels, groups, captions, names of classes.
     Names and their splits: data/README.md. What is nowhere yet is downloaded, where its authors allow that. A name may
     bring a split of its own, "coco:validation", and several, "sop + cub", become one set.
     Folder: `label/file`, `group/label/file`, or just files (no labels). Equal labels in two groups are one class. A
@@ -253,7 +208,7 @@ def load_images(source: str | Path, split: str = "test") -> ImageSet:
     Prints one line that says what was taken as what; files that cannot be read are named in `left_out`.
     Raises FileNotFoundError for what is nowhere, ValueError for what cannot be understood.
     """
-    from gpnns_utils import datasets
+    from gpnns.images import datasets
 
     return datasets.load(source, split)
 
@@ -263,7 +218,7 @@ def load_images(source: str | Path, split: str = "test") -> ImageSet:
 
 def load_encoder(spec: str, device: torch.device | str | None = None) -> Encoder:
     """Load an encoder by name: towers and their preprocessing, which turn images, and perhaps texts, into vectors of
-    `dim` numbers (Encoder, data/encoders.py; build one yourself for any other model).
+    `dim` numbers (gpnns/encoders/encoder.py; build one yourself for any other model).
 
     "mini" (the small CLIP of this course), "random" (the same before training), "pixels" (no model: 16 x 16 colors),
     "efficientnet_lite0" (trained on ImageNet, its weights come with the packages, so it needs no download; a width in pixels
@@ -277,9 +232,9 @@ def load_encoder(spec: str, device: torch.device | str | None = None) -> Encoder
 
     Raises ValueError for an unknown name or a file that does not fit, FileNotFoundError, OSError without a network.
     """
-    from gpnns_utils import encoders
+    from gpnns.encoders import loading
 
-    return encoders.load(str(spec), torch.device(device) if device else best_device())
+    return loading.load(str(spec), torch.device(device) if device else best_device())
 
 
 # --- embeddings ------------------------------------------------------------------------------------------------------
@@ -307,11 +262,11 @@ def embed_images(encoder: Encoder, images: ImageSet, batch_size: int = 64, cache
         raise ValueError(f"{images.name}: there are no images to embed")
 
     def compute(rows: list[list[int]]):
-        from gpnns_utils import datasets
-
         in_worker, on_device = encoder.in_two_parts()
-        read = datasets.Decoded(images, in_worker)
-        for size, readable, pixels in datasets.from_workers(read, rows, datasets.decoders(images), datasets.stacked):
+        read = decoding.DecodedImages(images, in_worker)
+        for size, readable, pixels in decoding.read_in_workers(
+            read, rows, decoding.count_decoders(images), decoding.stack_readable
+        ):
             features = np.full((size, encoder.dim), np.nan, dtype=np.float32)  # NaN marks an unreadable image
             if readable:
                 pixels = on_device(torch.from_numpy(pixels).to(encoder.device))
@@ -326,7 +281,7 @@ def embed_images(encoder: Encoder, images: ImageSet, batch_size: int = 64, cache
         label = f"embedding {images.name} with {encoder.name}"
         embeddings = embed_in_shards(encoder, images.digests(), batch_size, compute, label, "images")
     else:
-        embeddings = np.concatenate(list(compute(consecutive(len(images), batch_size))))
+        embeddings = np.concatenate(list(compute(split_rows(len(images), batch_size))))
     blank = f"get a vector from {encoder.name} that is zero or not finite, as blank pages may,"
     for marks, why in ((np.isnan, "cannot be read"), (np.isinf, blank)):
         if len(unfit := np.flatnonzero(marks(embeddings[:, 0]))):
@@ -352,12 +307,12 @@ def embed_texts(encoder: Encoder, texts: Sequence[str], batch_size: int = 128, c
             yield features
 
     if not cache:
-        return np.concatenate(list(compute(consecutive(len(texts), batch_size))))
+        return np.concatenate(list(compute(split_rows(len(texts), batch_size))))
     digests = [hashlib.blake2b(text.encode(), digest_size=16).digest() for text in texts]
     return embed_in_shards(encoder, digests, batch_size, compute, f"embedding texts with {encoder.name}", "texts")
 
 
-def consecutive(count: int, size: int) -> list[list[int]]:
+def split_rows(count: int, size: int) -> list[list[int]]:
     """The rows 0 to count - 1 in batches of `size`."""
     if not isinstance(size, (int, np.integer)) or size < 1:
         raise ValueError(f"a batch holds 1 image or more, not {size!r}")
@@ -387,7 +342,7 @@ def embed_in_shards(
     """Read the shards that the cache holds, compute and save the others; `compute` yields one array per batch of rows."""
     precision = str(best_precision(encoder.device) or torch.float32).removeprefix("torch.")
     folder = cache_folder() / "embeddings" / f"{encoder.fingerprint(unit)}-{precision}-{unit}"
-    members = consecutive(len(digests), SHARD)  # the rows of each shard
+    members = split_rows(len(digests), SHARD)  # the rows of each shard
     keys = [hashlib.blake2b(b"".join(digests[row] for row in rows), digest_size=16).hexdigest() for rows in members]
     shards = [
         read_shard(folder / f"{key}.npy", len(rows), encoder.dim) for key, rows in zip(keys, members, strict=True)
@@ -433,7 +388,7 @@ def search(
     k: int = 10,
     metric: str = "cosine",
     own: Array | None = None,
-    index: faiss.Index | None = None,
+    index: Index | None = None,
     bias: Array | None = None,
 ) -> tuple[Array, Array]:
     """The k nearest gallery rows of each query: (scores, rows), both (n, k), nearest first. Exact unless `index` is given.
@@ -452,8 +407,8 @@ def search(
         raise ValueError(f"unknown metric {metric!r}; choose cosine, inner, l2 or hamming")
     if np.ndim(queries) == 2 and len(queries) == 0:
         return np.empty((0, k), np.float32), np.empty((0, k), np.int64)
-    checked(gallery, "the gallery", metric, rows=slice(0, 0))  # its shape: rows are checked as they are read
-    queries = checked(queries, "queries", metric, np.shape(gallery)[1])
+    check_vectors(gallery, "the gallery", metric, rows=slice(0, 0))  # its shape: rows are checked as they are read
+    queries = check_vectors(queries, "queries", metric, np.shape(gallery)[1])
     k = check_k(k, len(gallery) - (own is not None), "gallery images")
     if bias is not None and (index is not None or metric not in ("cosine", "inner")):
         index_of = "build the index from with_bias(gallery, bias) and ask it with_bias(queries), metric='inner'"
@@ -466,7 +421,7 @@ def search(
             )
     reach = k + (own is not None)
     if index is None:
-        scores, rows = exact_search(queries, gallery, reach, metric, bias, "the gallery")
+        scores, rows = search_exactly(queries, gallery, reach, metric, bias, "the gallery")
     else:
         n, d = np.shape(gallery)
         d = 8 * ((d + 7) // 8) if metric == "hamming" else d
@@ -485,7 +440,7 @@ def search(
     return scores[~is_own].reshape(len(rows), k), rows[~is_own].reshape(len(rows), k)
 
 
-def get_faiss():
+def get_faiss() -> Any:
     """faiss, which on macOS meets torch's own copy of OpenMP in the process; they get along with one thread."""
     import faiss
 
@@ -494,22 +449,22 @@ def get_faiss():
     return faiss
 
 
-def exact_search(
+def search_exactly(
     queries: Array, gallery: Array, k: int, metric: str, bias: Array | None, what: str
 ) -> tuple[Array, Array]:
     """The k nearest of all rows, for queries that are checked already; faiss computes, one tile of the gallery at a time."""
     faiss = get_faiss()
     if metric == "hamming":
         tiles = [slice(first, first + TILE) for first in range(0, len(gallery), TILE)]
-        codes = [binary_codes(checked(gallery, what, metric, rows=rows)) for rows in tiles]
+        codes = [binary_codes(check_vectors(gallery, what, metric, rows=rows)) for rows in tiles]
         return faiss.knn_hamming(binary_codes(queries), np.concatenate(codes), k)
     if bias is not None:  # as one more dimension, see `with_bias`
-        bias, minus = checked_bias(bias, len(gallery)), np.full((len(queries), 1), -1, np.float32)
+        bias, minus = check_bias(bias, len(gallery)), np.full((len(queries), 1), -1, np.float32)
         queries = np.hstack([queries, minus])
     size = TILE if bias is None else TILE // 8  # a bias makes a copy of each tile: one that stays in the cache
     best = faiss.ResultHeap(len(queries), k, keep_max=metric != "l2")
     for first in range(0, len(gallery), size):
-        tile = checked(gallery, what, metric, rows=slice(first, first + size))
+        tile = check_vectors(gallery, what, metric, rows=slice(first, first + size))
         if bias is not None:
             tile = np.hstack([tile, bias[first : first + size, None]])
         scores, rows = faiss.knn(queries, tile, min(k, len(tile)), metric=METRICS[metric])
@@ -545,15 +500,15 @@ def reference_means(gallery: Array, references: Array, ks: Sequence[int], metric
     """
     if metric not in ("cosine", "inner"):
         raise ValueError(f"a bias and its references need the metric cosine or inner, not {metric!r}")
-    checked(gallery, "the gallery", metric, rows=slice(0, 0))
-    checked(references, "references", metric, np.shape(gallery)[1], slice(0, 0))
+    check_vectors(gallery, "the gallery", metric, rows=slice(0, 0))
+    check_vectors(references, "references", metric, np.shape(gallery)[1], slice(0, 0))
     ks = [check_k(k, len(references), "references") for k in ks]
     means = np.empty((len(ks), len(gallery)), np.float32)
     size = max(1, min(BLOCK, 2**22 // max(ks)))  # all scores of a block are held
     for first in range(0, len(gallery), size):
         rows = slice(first, first + size)
-        block = checked(gallery, "the gallery", metric, rows=rows)
-        scores, _ = exact_search(block, references, max(ks), metric, None, "references")
+        block = check_vectors(gallery, "the gallery", metric, rows=rows)
+        scores, _ = search_exactly(block, references, max(ks), metric, None, "references")
         means[:, rows] = np.cumsum(scores, axis=1).T[np.array(ks) - 1] / np.float32(ks)[:, None]
     return means
 
@@ -564,12 +519,12 @@ def with_bias(vectors: Array, bias: Array | None = None, metric: str = "cosine")
     with_bias(gallery, bias) goes into the index, with_bias(queries) asks it: the extra number of a query is -1. Any
     index for inner products then ranks by the corrected score; one for cosine does not, for it undoes the bias.
     """
-    vectors = checked(vectors, metric=metric)
-    extra = np.full(len(vectors), -1, np.float32) if bias is None else checked_bias(bias, len(vectors))
+    vectors = check_vectors(vectors, metric=metric)
+    extra = np.full(len(vectors), -1, np.float32) if bias is None else check_bias(bias, len(vectors))
     return np.concatenate([vectors, extra[:, None]], axis=1)
 
 
-def build_index(gallery: Array, kind: str = "hnsw", metric: str = "cosine") -> faiss.Index:
+def build_index(gallery: Array, kind: str = "hnsw", metric: str = "cosine") -> Index:
     """A faiss index: "flat" (exact), or approximate: "hnsw" (a graph), "ivf" (cells, a tenth of which are visited).
 
     Binary codes are so cheap to compare that with the metric "hamming" every kind is exact.
@@ -577,7 +532,7 @@ def build_index(gallery: Array, kind: str = "hnsw", metric: str = "cosine") -> f
     faiss = get_faiss()
     if kind not in ("flat", "hnsw", "ivf") or metric not in METRICS:
         raise ValueError(f"no index {kind!r} for {metric!r}; choose flat, hnsw or ivf, and {', '.join(METRICS)}")
-    gallery = checked(gallery, "the gallery", metric)
+    gallery = check_vectors(gallery, "the gallery", metric)
     n, d = gallery.shape
     if metric == "hamming":
         index, gallery = faiss.IndexBinaryFlat(8 * ((d + 7) // 8)), binary_codes(gallery)
@@ -640,7 +595,7 @@ class Score:
 
     def where(self, mask: Array) -> Score:
         """The same score over a part of the queries."""
-        return Score(self.per_query[row_numbers(mask, len(self.per_query), "the queries of a part")])
+        return Score(self.per_query[check_rows(mask, len(self.per_query), "the queries of a part")])
 
 
 def is_right(images: ImageSet, rows: Array, queries: Array) -> Array:
@@ -653,7 +608,7 @@ def is_right(images: ImageSet, rows: Array, queries: Array) -> Array:
 def same_label(query_labels: Array, gallery_labels: Array) -> list[Array]:
     """For each query, the gallery rows that carry its label. Raises ValueError where there are no labels."""
     if query_labels is None or gallery_labels is None:
-        raise ValueError(f"one of the two sets {importlib.import_module('gpnns_utils.datasets').NO_LABELS}")
+        raise ValueError(f"one of the two sets {NO_LABELS}")
     query_labels = check_labels(query_labels, len(query_labels), "queries")
     gallery_labels = check_labels(gallery_labels, len(gallery_labels), "gallery rows")
     check_same_kind(query_labels, gallery_labels)
@@ -678,13 +633,13 @@ def rank_relevant(
     bounds what any order of ties can give. bias: (gallery,) is subtracted from the scores, see `hub_bias`.
     """
     gallery = unit_rows(gallery, "the gallery")
-    queries = checked(queries, "queries", dim=gallery.shape[1])
+    queries = check_vectors(queries, "queries", dim=gallery.shape[1])
     if ties not in ("group", "optimistic", "pessimistic"):
         raise ValueError(f"unknown rule for ties {ties!r}; choose group, optimistic or pessimistic")
     relevant = relevant if isinstance(relevant, np.ndarray) else list(relevant)
     if len(relevant) != len(queries) or (leave_out is not None and len(leave_out) != len(queries)):
         raise ValueError(f"{len(queries)} queries need as many lists of relevant rows, and of rows to leave out")
-    bias = 0 if bias is None else checked_bias(bias, len(gallery))
+    bias = 0 if bias is None else check_bias(bias, len(gallery))
     count, workers = len(gallery), os.cpu_count() or 1
     block = max(1, min(256, 2**23 // (workers * count)))  # at most 32 MB of scores at a time
     # Whole blocks of columns: some processors sum the last few of a product otherwise, and equal rows would not tie.
@@ -696,9 +651,9 @@ def rank_relevant(
         found = []
         for query, row in enumerate(scores, start):
             if leave_out is not None:
-                without = row_numbers(leave_out[query], len(row), f"the rows that query {query} leaves out", none=True)
+                without = check_rows(leave_out[query], len(row), f"the rows that query {query} leaves out", none=True)
                 row[without] = -np.inf
-            rows = row_numbers(relevant[query], len(row), f"the relevant rows of query {query}")
+            rows = check_rows(relevant[query], len(row), f"the relevant rows of query {query}")
             wanted = row[np.unique(rows)]  # one that is listed twice counts once
             found.append(count_ranks(row, wanted if leave_out is None else wanted[wanted > -np.inf], ties))
         return found
@@ -855,11 +810,11 @@ def save_results(run: Run, notebook: str, rows: list[dict], headline: str) -> Pa
     result = {"notebook": notebook, "profile": run.profile, "seconds": round(time.time() - run.started, 1)}
     result |= {"headline": headline, "environment": environment, "rows": rows}
     path = run.folder / f"{notebook}.json"
-    write_atomically(path, lambda file: file.write((json.dumps(result, indent=1, default=plain) + "\n").encode()))
+    write_atomically(path, lambda file: file.write((json.dumps(result, indent=1, default=to_json) + "\n").encode()))
     return path
 
 
-def plain(value) -> float | str:
+def to_json(value) -> float | str:
     """What JSON does not know: a number of numpy as Python's, anything else as text."""
     return value.item() if isinstance(value, np.generic) else str(value)
 
@@ -922,10 +877,10 @@ def as_jpeg(figure) -> Picture:
 
 
 def show_schematic(notebook: str) -> Picture:
-    """The drawing of what a notebook does, by the notebook's name; notebooks/schematics.py makes it."""
+    """The drawing of what a notebook does, by the notebook's name; gpnns/tools/draw_schematics.py makes it."""
     from IPython.display import Image as Picture
 
-    return Picture(str(HERE / "notebooks" / "schematics" / f"{notebook}.png"))
+    return Picture(str(COURSE / "schematics" / f"{notebook}.png"))
 
 
 def show_neighbors(
@@ -951,7 +906,7 @@ def show_neighbors(
     return show_images(lines, titles, frames, texts if any(texts) else ())
 
 
-def live_picture(draw: Callable[..., Picture], controls: dict[str, widgets.Widget]) -> widgets.VBox:
+def live_picture(draw: Callable[..., Picture], controls: dict[str, Any]) -> Any:
     """Controls, and below them the picture that `draw(**values)` makes, anew on every move.
 
     The picture is a widget itself: `interact`'s Output widget hides exceptions, and may block in batch (nbclient 312).
@@ -998,3 +953,124 @@ def show_findings(sentences: Sequence[str]) -> HTML:
     from IPython.display import HTML
 
     return HTML("<ul>" + "".join(f"<li>{html.escape(sentence)}</li>" for sentence in sentences) + "</ul>")
+
+
+# --- what comes in -----------------------------------------------------------------------------------------------------
+
+HALF = re.compile("[\ud800-\udfff]")
+# numpy before 2, which Kaggle has installed, lacks it.
+vecdot = getattr(np, "vecdot", None) or (lambda a, b: np.einsum("nd,nd->n", a, b))
+
+
+def unit_rows(vectors: Array, what: str = "the vectors") -> Array:
+    """Rows divided by their length, float32. Raises ValueError for NaN, infinite or zero rows and names the first."""
+    return check_vectors(vectors, what)
+
+
+def check_vectors(
+    vectors: Array, what: str = "the vectors", metric: str = "cosine", dim: int = 0, rows: slice = slice(None)
+) -> Array:
+    """`rows` of some vectors as search takes them: contiguous float32 (n, d), made unit rows for the metric cosine.
+
+    The one place that checks vectors. They may be of any number type, tensors on any device, lists, or on disk.
+    Raises ValueError, which says what is wrong where and what to do, for an empty array or a single vector, another
+    dimension than `dim`, rows that are not finite or too long for float32, and for cosine rows of length zero.
+    """
+    shape = np.shape(vectors)
+    if len(shape) != 2 or 0 in shape:
+        raise ValueError(f"{what} must be a non-empty array (n, d), not {shape}; write a single vector as vector[None]")
+    if dim and dim != shape[1]:
+        raise ValueError(f"{what} have {shape[1]} dimensions, the gallery {dim}; embed both with the same encoder")
+    part = vectors[rows]
+    kind = np.float32 if isinstance(part, torch.Tensor) else np.asarray(part[:1]).dtype
+    if np.dtype(kind).kind not in "fiub":
+        raise ValueError(f"{what} must hold numbers, not {kind}")
+    part = part.detach().float().cpu().numpy() if isinstance(part, torch.Tensor) else part
+    part = np.ascontiguousarray(part, dtype=np.float32).reshape(-1, shape[1])
+    with np.errstate(over="ignore"):
+        squares = vecdot(part, part)  # not finite where a row is not, and one pass over the data
+    unfit = ~np.isfinite(squares) | ((squares == 0) & (metric == "cosine"))
+    if unfit.any():
+        first = int(np.argmax(unfit))
+        trouble = "is too long for float32; scale the vectors down"
+        if squares[first] == 0:
+            trouble = "is zero and has no direction; leave that image out"
+        elif not np.isfinite(part[first]).all():
+            trouble = "holds NaN or infinite values; embed in float32, or leave that image out"
+        raise ValueError(f"{what}: row {(rows.start or 0) + first} {trouble}")
+    if metric != "cosine" or np.allclose(squares, 1, atol=2e-6):
+        return part
+    return part / np.sqrt(squares)[:, None]
+
+
+def check_bias(bias: Array, size: int) -> Array:
+    """A bias as float32 (size,), or a ValueError."""
+    bias = np.asarray(bias, dtype=np.float32)
+    if bias.shape != (size,) or not np.isfinite(bias).all():
+        broken = "" if np.isfinite(bias).all() else " with NaN or infinite values"
+        raise ValueError(f"a bias needs one finite number for each of {size} gallery rows, not {bias.shape}{broken}")
+    return bias
+
+
+def check_rows(rows: Sequence, size: int, what: str, none: bool = False) -> Array:
+    """Rows of something that has `size` of them, given as numbers or as a boolean mask; with `none`, -1 stands for no row.
+
+    Raises ValueError for anything else, where numpy would count -1 from the end, take a mask for zeros and ones, and
+    cut 2.7 to 2.
+    """
+    rows = np.asarray(rows)
+    if rows.dtype == bool and rows.shape == (size,):
+        return np.flatnonzero(rows)
+    if rows.size == 0 and rows.ndim == 1:
+        return np.empty(0, dtype=np.int64)
+    if rows.ndim != 1 or rows.dtype.kind not in "iu":
+        raise ValueError(f"{what} must be row numbers, or a mask of {size} entries, not {rows.dtype} {rows.shape}")
+    if len(rows) == size > 2 and 0 <= rows.min() <= rows.max() <= 1:
+        raise ValueError(f"{what}: {size} zeros and ones seem to be a mask; give it as booleans, mask.astype(bool)")
+    if rows.min() < -none or rows.max() >= size:
+        wrong = rows[(rows < -none) | (rows >= size)][0]
+        raise ValueError(f"{what} hold {wrong}, which is no row of {size}; leave out what is not there")
+    return rows[rows >= 0] if none else rows
+
+
+def check_k(k: int, available: int, what: str) -> int:
+    """The number of neighbours as an int."""
+    if available < 1:
+        raise ValueError(f"there are no other {what} to find; two or more are needed")
+    if not isinstance(k, (int, np.integer)) or isinstance(k, bool) or not 1 <= k <= available:
+        raise ValueError(f"k={k} neighbours cannot be found among {available} {what}; choose k from 1 to {available}")
+    return int(k)
+
+
+def check_cut(k) -> None:
+    """Where a ranking is cut, for a score."""
+    if not isinstance(k, (int, np.integer)) or isinstance(k, bool) or k < 1:
+        raise ValueError(f"a ranking is cut at k = 1 or later, not at {k!r}")
+
+
+def check_labels(labels: Sequence, count: int, what: str) -> Array:
+    """One label for each, as an array; numpy would stretch a single one, and leave the rest of more unused."""
+    if np.shape(labels) != (count,):
+        raise ValueError(f"{count} {what} need as many labels, not {' x '.join(map(str, np.shape(labels))) or labels}")
+    labels = np.asarray(labels)
+    if labels.dtype.kind not in "iufbUS":
+        raise ValueError(f"the labels of {count} {what} must be numbers or texts, not {labels.dtype}, such as None")
+    return labels
+
+
+def check_same_kind(one: Array, other: Array) -> None:
+    """Labels that can be equal: a 1 is never the text "1"."""
+    if (one.dtype.kind in "US") != (other.dtype.kind in "US"):
+        raise ValueError(
+            f"labels of {one.dtype} and of {other.dtype} are never equal; give both as texts, or both as numbers"
+        )
+
+
+def check_texts(texts: Sequence[str], what: str = "texts") -> list[str]:
+    """A list of strings, from any sequence or generator of them. A single string is no list; half characters, as in names
+    of files that are no UTF-8, are no text: no tokenizer takes them."""
+    listed = [] if texts is None or isinstance(texts, str) else list(texts)
+    wrong = [text for text in listed if not isinstance(text, str) or HALF.search(text)]
+    if wrong or not listed:
+        raise ValueError(f"{what} must be a list of strings, one or more, not {(wrong or [texts])[0]!r}")
+    return listed

@@ -4,7 +4,7 @@
     python tests/colab_versions.py build pip-freeze.txt FOLDER
 
 The second makes a virtual environment in FOLDER with what the list and the course's requirements have in common, runs
-notebooks/prepare.py in it, and fails if that changed anything that was installed. uv must be installed.
+notebooks/gpnns/tools/prepare.py in it, and fails if that changed anything that was installed. uv must be installed.
 """
 
 import importlib.util
@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 UV = [sys.executable, "-m", "uv"]
-SPEC = importlib.util.spec_from_file_location("prepare", ROOT / "notebooks" / "prepare.py")
+SPEC = importlib.util.spec_from_file_location("prepare", ROOT / "notebooks" / "gpnns" / "tools" / "prepare.py")
 prepare = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(prepare)
 
@@ -49,7 +49,7 @@ def build(freeze: Path, folder: Path) -> None:
     there, _ = split_requirements(installed)
     install(python, installed, [*there, "ipykernel"])
     before = freeze_of(python)
-    subprocess.run([str(python), str(ROOT / "notebooks" / "prepare.py")], check=True)
+    subprocess.run([str(python), str(ROOT / "notebooks" / "gpnns" / "tools" / "prepare.py")], check=True)
     after = freeze_of(python)
     if changed := changes(before, after):
         sys.exit("prepare.py changed what was installed: " + ", ".join(changed))

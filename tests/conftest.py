@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 import gpnns_utils as gu
-from gpnns_utils import mini_world
+from gpnns.world import mini_world
 
 FOLDER = gu.HERE / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("[0-9][0-9]_*.ipynb"))
@@ -194,7 +194,7 @@ def write_notebook(path, *sources):
 # --- processes ---
 
 APART = multiprocessing.get_context("forkserver")  # its server has imported what takes long; each child is a fork of it
-APART.set_forkserver_preload(["torch", "gpnns_utils.training"])
+APART.set_forkserver_preload(["torch", "gpnns.training"])
 
 
 def start_apart(function, *arguments, folder, environment=()):

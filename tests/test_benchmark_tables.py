@@ -18,6 +18,9 @@ from sklearn.neighbors import KNeighborsClassifier
 from torchvision import transforms
 
 import gpnns_utils as gu
+from gpnns import benchmark, paper_tables, published_tables
+from gpnns.encoders import checkpoints, heads, licences
+from gpnns.images import datasets
 
 REAL_CACHE = gu.cache_folder()
 data = in_small.data  # the fixture: an empty folder of data sets, and no network
@@ -57,14 +60,14 @@ def test_a_full_ranking_scores_as_the_vectors_it_came_from(leave_out_query, list
     lists = nearest_first(vectors)
     if not lists_hold_the_query:
         lists = np.array([row[row != query] for query, row in enumerate(lists)])
-    ranks = gu.benchmark.ranks_in_lists(lists, gu.same_label(labels, labels), leave_out_query)
+    ranks = benchmark.rank_in_lists(lists, gu.same_label(labels, labels), leave_out_query)
     expected = oracle(vectors, labels, leave_out_query)
     assert gu.mean_average_precision(ranks).mean == pytest.approx(expected, abs=1e-5)
 
 
 def test_what_a_short_list_leaves_out_was_not_found_and_minus_one_is_nobody():
     lists, relevant = np.array([[0, 1, -1], [1, 2, -1], [2, 1, 0], [3, 2, 1]]), [np.array([0, 1, 3])] * 4
-    ranks = gu.benchmark.ranks_in_lists(lists, relevant, leave_out_query=True)
+    ranks = benchmark.rank_in_lists(lists, relevant, leave_out_query=True)
     score = gu.mean_average_precision(ranks).per_query
     assert score[0] == pytest.approx(1 / 2), "one of two found, at rank 1"
     assert score[1] == pytest.approx(0, abs=1e-6) and score[3] == pytest.approx((1 / 2) / 2)
@@ -75,13 +78,13 @@ def test_rows_are_checked_against_names_that_lie_beside_them(photos, tmp_path):
     file = saved(tmp_path / "vectors.npy", np.eye(12))
     names = [f"{path.parent.name}/{path.name}" for path in photos.images]
     (tmp_path / "vectors.txt").write_text("\n".join(names) + "\n")
-    assert gu.benchmark.load_rows(file, photos).shape == (12, 12)
+    assert benchmark.load_rows(file, photos).shape == (12, 12)
     (tmp_path / "vectors.txt").write_text("\n".join(names[:2] + names[:1:-1]))
     with pytest.raises(ValueError, match=r"vectors.txt, line 3 says 'red/3.png', but image 2 is .*blue/2.png"):
-        gu.benchmark.load_rows(file, photos)
+        benchmark.load_rows(file, photos)
     (tmp_path / "vectors.txt").write_text("\n".join(names[:4]))
     with pytest.raises(ValueError, match="line 5 says 'nothing'"):
-        gu.benchmark.load_rows(file, photos)
+        benchmark.load_rows(file, photos)
 
 
 @pytest.mark.parametrize(
@@ -95,18 +98,18 @@ def test_rows_are_checked_against_names_that_lie_beside_them(photos, tmp_path):
 )
 def test_a_file_that_cannot_hold_rows_of_these_images_is_refused(photos, tmp_path, array, message):
     with pytest.raises(ValueError, match=message):
-        gu.benchmark.load_rows(saved(tmp_path / "rows.npy", array), photos)
+        benchmark.load_rows(saved(tmp_path / "rows.npy", array), photos)
 
 
 def test_a_file_that_is_not_there_is_said_with_the_kind_it_should_be(photos):
     with pytest.raises(ValueError, match="nowhere.npy cannot be read .*No such file.* that numpy.save wrote"):
-        gu.benchmark.load_rows("nowhere.npy", photos)
+        benchmark.load_rows("nowhere.npy", photos)
 
 
 def test_vectors_with_nan_are_refused_with_file_and_row(photos, tmp_path):
     file = saved(tmp_path / "broken.npy", np.where(np.arange(12)[:, None] == 4, np.nan, np.ones((12, 3))))
     with pytest.raises(ValueError, match="broken.npy: row 4 holds NaN"):
-        gu.benchmark.load_vectors(file, photos)
+        benchmark.load_vectors(file, photos)
 
 
 CIRCLE = (np.arange(12)[:, None] + np.arange(5)) % 12  # each image first, then those that follow it
@@ -124,17 +127,17 @@ CIRCLE = (np.arange(12)[:, None] + np.arange(5)) % 12  # each image first, then 
 )
 def test_lists_that_cannot_be_right_are_refused(photos, tmp_path, lists, message):
     with pytest.raises(ValueError, match=message):
-        gu.benchmark.load_neighbours(saved(tmp_path / "lists.npy", lists), photos)
+        benchmark.load_neighbours(saved(tmp_path / "lists.npy", lists), photos)
 
 
 def test_lists_with_or_without_the_query_and_of_any_whole_numbers_are_taken(photos, tmp_path):
     for lists in (CIRCLE, CIRCLE[:, 1:], CIRCLE.astype(np.uint16), np.where(CIRCLE[:, -1:] == CIRCLE, -1, CIRCLE)):
-        taken = gu.benchmark.load_neighbours(saved(tmp_path / "lists.npy", lists), photos)
+        taken = benchmark.load_neighbours(saved(tmp_path / "lists.npy", lists), photos)
         assert list(taken) == ["file:lists"] and taken["file:lists"].tolist() == lists.tolist()
 
 
 def test_no_file_means_that_nothing_of_another_program_takes_part(photos):
-    assert gu.benchmark.load_vectors("", photos) == gu.benchmark.load_neighbours("", photos) == {}
+    assert benchmark.load_vectors("", photos) == benchmark.load_neighbours("", photos) == {}
 
 
 def test_notebook_02_scores_the_files_of_another_program_like_its_own_encoder(folder, photos, tmp_path, results, cache):
@@ -155,8 +158,8 @@ def test_notebook_02_scores_the_files_of_another_program_like_its_own_encoder(fo
 
 
 def known_of(source):
-    images = gu.benchmark.load_labelled(source)
-    return images, gu.benchmark.load_known(source, images)
+    images = benchmark.load_labelled(source)
+    return images, benchmark.load_known(source, images)
 
 
 def test_new_pictures_of_the_drawn_world_ask_the_training_pictures_of_the_same_things(capsys):
@@ -182,7 +185,7 @@ def test_half_of_each_class_asks_the_other_where_nothing_tells_queries_from_gall
 def test_files_that_were_left_out_of_queries_or_gallery_stay_named(folder):
     one, other = gu.load_images(folder).subset(np.arange(4)), gu.load_images(folder).subset(np.arange(4, 12))
     one.left_out, other.left_out = ["a.png"], ["b.png"]
-    assert gu.benchmark.joined(one, other).left_out == ["a.png", "b.png"]
+    assert benchmark.join_sets(one, other).left_out == ["a.png", "b.png"]
 
 
 def test_hubness_is_noted_under_the_encoder_whose_texts_asked(folder, results, cache):
@@ -194,8 +197,8 @@ def test_hubness_is_noted_under_the_encoder_whose_texts_asked(folder, results, c
 
 
 def test_a_class_of_one_image_is_in_the_gallery_alone():
-    assert gu.benchmark.halves(np.array([0, 1, 1, 1, 0, 2]), seed=0)[5] == "gallery"
-    assert (gu.benchmark.halves(np.arange(5), seed=0) == "gallery").all()
+    assert benchmark.split_halves(np.array([0, 1, 1, 1, 0, 2]), seed=0)[5] == "gallery"
+    assert (benchmark.split_halves(np.arange(5), seed=0) == "gallery").all()
 
 
 @pytest.mark.parametrize("parts", [("query", "gallery"), ("test", "train")])
@@ -206,7 +209,7 @@ def test_a_folder_s_own_queries_and_gallery_are_taken(folder, tmp_path, parts):
                 (tmp_path / "own" / part / path.parent.name).mkdir(parents=True, exist_ok=True)
                 (tmp_path / "own" / part / path.parent.name / path.name).write_bytes(path.read_bytes())
     images = gu.load_images(tmp_path / "own", parts[0])
-    known = gu.benchmark.load_known(tmp_path / "own", images)
+    known = benchmark.load_known(tmp_path / "own", images)
     assert [path.stem for path, group in zip(known.images, known.groups, strict=True) if group == "query"] == ["3"] * 3
     assert (known.groups == "gallery").sum() == 9 and [known.names[i] for i in range(3)] == ["blue", "green", "red"]
 
@@ -224,22 +227,17 @@ def test_two_encoders_of_one_short_name_are_refused_before_one_hides_the_other(f
     files = [tmp_path / place / "epoch_3.safetensors" for place in "ab"]
     for file in files:
         file.parent.mkdir()
-        gu.save_checkpoint(gu.load_encoder("mini"), file)
+        checkpoints.save_checkpoint(gu.load_encoder("mini"), file)
     with pytest.raises(ValueError, match="are called mini@epoch_3: rename a file"):
-        gu.benchmark.embed_each([f"mini@{file}" for file in files], gu.load_images(folder))
+        benchmark.embed_each([f"mini@{file}" for file in files], gu.load_images(folder))
 
 
 def test_encoders_without_words_sit_questions_in_words_out(folder):
-    assert gu.benchmark.with_words(["pixels", "mini", "efficientnet_lite0:32"]) == ["mini"]
-    assert gu.benchmark.embed_texts_each([], ["a red square"]) == {}
+    assert benchmark.select_text_encoders(["pixels", "mini", "efficientnet_lite0:32"]) == ["mini"]
+    assert benchmark.embed_texts_each([], ["a red square"]) == {}
 
 
 # --- notebook 07: a column is data, a task is a function ---
-
-
-@pytest.fixture(scope="module")
-def seven():
-    return gu.tables
 
 
 @pytest.fixture(scope="module")
@@ -261,14 +259,18 @@ def image_set(labels, captions=None, names=()):
 
 
 @pytest.mark.parametrize(("table", "published"), [("gpnns", "gpnns_table4"), ("mcip", "mcip_table1")])
-def test_the_columns_are_those_of_the_published_table_in_its_order(seven, table, published):
-    columns = getattr(seven, f"{table}_columns")()
-    printed = [key for key in gu.load_published(published)[0] if key.split("_")[-1] in ("map", "r1", "knn", "zs", "r5")]
+def test_the_columns_are_those_of_the_published_table_in_its_order(table, published):
+    columns = getattr(f"{table}_columns")()
+    printed = [
+        key
+        for key in published_tables.load_published(published)[0]
+        if key.split("_")[-1] in ("map", "r1", "knn", "zs", "r5")
+    ]
     assert [column[0] for column in columns] == printed
     for name, source, gallery, task, metric in columns:
         for part in filter(None, (source, gallery)):
             data_set, split = part.split(":")
-            assert split in gu.datasets.TABLE[data_set]["splits"], part
+            assert split in datasets.TABLE[data_set]["splits"], part
         expected = {
             "map": ("image_to_image", "revisited"),
             "r1": ("image_to_image",),
@@ -279,8 +281,8 @@ def test_the_columns_are_those_of_the_published_table_in_its_order(seven, table,
         assert task in expected[name.split("_")[-1]] and metric
 
 
-def test_the_query_takes_part_exactly_where_the_papers_let_it(seven):
-    columns = {c[0]: c for c in seven.gpnns_columns() + seven.mcip_columns()}
+def test_the_query_takes_part_exactly_where_the_papers_let_it():
+    columns = {c[0]: c for c in paper_tables.gpnns_columns() + paper_tables.mcip_columns()}
     included = {name for name, column in columns.items() if "self included" in column[4]}
     assert included == {"instre_map", "gpr1200_map", "adience_map"}
     assert columns["roxford_map"][1:3] == ("roxford:query_full", "roxford:gallery"), "GP-NNS asks with whole pictures"
@@ -290,10 +292,10 @@ def test_the_query_takes_part_exactly_where_the_papers_let_it(seven):
 
 
 @pytest.mark.parametrize("metric", ["mAP", "mAP (self included)", "R@1"])
-def test_image_to_image_agrees_with_scikit_learn(seven, mini, metric):
+def test_image_to_image_agrees_with_scikit_learn(mini, metric):
     labels, vectors = planted(60, 8)
     column, kept = ("x", "s:test", "", "image_to_image", metric), {(id(mini), "s:test"): vectors}
-    score, units = seven.image_to_image(mini, column, {"s:test": image_set(labels)}, kept)
+    score, units = paper_tables.score_image_to_image(mini, column, {"s:test": image_set(labels)}, kept)
     scores = vectors @ vectors.T
     if metric == "R@1":
         np.fill_diagonal(scores, -1)
@@ -303,22 +305,22 @@ def test_image_to_image_agrees_with_scikit_learn(seven, mini, metric):
     assert score.mean == pytest.approx(expected, abs=1e-5) and units is labels
 
 
-def test_a_twin_of_the_query_counts_as_a_neighbour_and_not_as_the_query(seven, mini):
+def test_a_twin_of_the_query_counts_as_a_neighbour_and_not_as_the_query(mini):
     labels, vectors = np.array([0, 1, 0, 1]), np.eye(4, dtype=np.float32)[[0, 0, 1, 2]]
     kept = {(id(mini), "s:test"): vectors}  # images 0 and 1 are the same picture with two labels
     column = ("x", "s:test", "", "image_to_image", "R@1")
-    score, _ = seven.image_to_image(mini, column, {"s:test": image_set(labels)}, kept)
+    score, _ = paper_tables.score_image_to_image(mini, column, {"s:test": image_set(labels)}, kept)
     assert score.per_query[:2].tolist() == [0, 0], "dropping the first neighbour blindly would count these as found"
 
 
 @pytest.mark.parametrize("with_gallery", [True, False])
-def test_the_vote_is_that_of_scikit_learn_with_21_neighbours_and_weights_of_a_tenth(seven, mini, with_gallery):
+def test_the_vote_is_that_of_scikit_learn_with_21_neighbours_and_weights_of_a_tenth(mini, with_gallery):
     labels, vectors = planted(90, 5)
     known_labels, known = planted(120, 7, seed=1)
     column = ("x", "q:test", "q:train" if with_gallery else "", "knn", "accuracy")
     sets = {"q:test": image_set(labels), "q:train": image_set(known_labels)}
     kept = {(id(mini), "q:test"): vectors, (id(mini), "q:train"): known}
-    score, units = seven.knn(mini, column, sets, kept)
+    score, units = paper_tables.score_knn(mini, column, sets, kept)
     asks = np.full(90, True)
     if not with_gallery:
         for label in np.unique(labels):
@@ -333,48 +335,52 @@ def test_the_vote_is_that_of_scikit_learn_with_21_neighbours_and_weights_of_a_te
     assert score.per_query.tolist() == expected.tolist() and units.tolist() == labels[asks].tolist()
 
 
-def test_oxford_is_measured_by_its_ground_truth_under_medium_and_refuses_a_gap(seven, mini, monkeypatch):
+def test_oxford_is_measured_by_its_ground_truth_under_medium_and_refuses_a_gap(mini, monkeypatch):
     rng = np.random.default_rng(0)
     queries, gallery = (gu.unit_rows(rng.normal(size=(n, 8)).astype(np.float32)) for n in (3, 40))
     truth = [
         {k: np.arange(10 * q + 3 * i, 10 * q + 3 * i + 3) for i, k in enumerate(("easy", "hard", "junk"))}
         for q in range(3)
     ]
-    monkeypatch.setattr(gu.datasets, "ground_truth", {"roxford": truth}.__getitem__)
-    column = seven.gpnns_columns()[2]
+    monkeypatch.setattr(datasets, "load_ground_truth", {"roxford": truth}.__getitem__)
+    column = paper_tables.gpnns_columns()[2]
     sets = {part: image_set(np.zeros(n, int)) for part, n in ((column[1], 3), (column[2], 40))}
     kept = {(id(mini), column[1]): queries, (id(mini), column[2]): gallery}
-    score, _ = seven.revisited(mini, column, sets, kept)
-    np.testing.assert_array_equal(score.per_query, seven.revisited_map(queries, gallery, truth).per_query)
+    score, _ = paper_tables.measure_revisited(mini, column, sets, kept)
+    np.testing.assert_array_equal(score.per_query, paper_tables.score_revisited(queries, gallery, truth).per_query)
     sets[column[2]].left_out.append("broken.jpg")
     with pytest.raises(ValueError, match="counts images by row; broken.jpg cannot be read"):
-        seven.revisited(mini, column, sets, kept)
+        paper_tables.measure_revisited(mini, column, sets, kept)
 
 
-def test_zero_shot_chooses_among_the_classes_that_occur_with_the_mean_of_eighty_prompts(seven, mini):
+def test_zero_shot_chooses_among_the_classes_that_occur_with_the_mean_of_eighty_prompts(mini):
     names = ["a red flower", "a vase", "a face", "a house"]
     labels, vectors = np.array([1, 1, 3]), gu.embed_texts(mini, ["a vase", "a photo of a face", "a house"], cache=False)
     column, kept = ("x", "s:test", "", "zero_shot", "accuracy (80 templates)"), {(id(mini), "s:test"): vectors}
     sets = {"s:test": image_set(labels, names=names)}
-    score, _ = seven.zero_shot(mini, column, sets, kept)
+    score, _ = paper_tables.score_zero_shot(mini, column, sets, kept)
     prompts = [[template(name) for template in open_clip.OPENAI_IMAGENET_TEMPLATES] for name in ("a vase", "a house")]
     means = [gu.embed_texts(mini, texts, cache=False).mean(axis=0) for texts in prompts]
     nearest = (vectors @ gu.unit_rows(np.array(means)).T).argmax(axis=1)
     assert score.per_query.tolist() == (np.array([0, 0, 1]) == nearest).tolist()
-    assert seven.class_names(sets["s:test"])[0] == ["a vase", "a house"], "classes without an image are no choice"
+    assert paper_tables.list_class_names(sets["s:test"])[0] == ["a vase", "a house"], (
+        "classes without an image are no choice"
+    )
 
 
-def test_each_caption_of_coco_has_one_right_image_and_of_the_drawn_world_any_that_carries_it(seven, mini):
+def test_each_caption_of_coco_has_one_right_image_and_of_the_drawn_world_any_that_carries_it(mini):
     captions = [["a vase", "a red vase"], ["a vase"], ["a face"]] + [["a house"]] * 6
     texts = ["a vase", "a red vase", "a face", "a house"]
     as_vector = dict(zip(texts, gu.embed_texts(mini, texts), strict=True))
     vectors = np.array([as_vector[own[0]] for own in captions])
     vectors[1] = -as_vector["a vase"]  # the second vase is far from its caption
     sets, kept = {"s:test": image_set(np.arange(9), captions)}, {(id(mini), "s:test"): vectors}
-    score, units = seven.text_to_image(mini, ("x", "s:test", "", "text_to_image", "R@5 (own image)"), sets, kept)
+    score, units = paper_tables.score_text_to_image(
+        mini, ("x", "s:test", "", "text_to_image", "R@5 (own image)"), sets, kept
+    )
     assert units.tolist() == [0, 0, 1, 2, 3, 4, 5, 6, 7, 8]
     assert score.per_query[:4].tolist() == [1, 1, 0, 1]
-    score, _ = seven.text_to_image(mini, ("x", "s:test", "", "text_to_image", "R@5"), sets, kept)
+    score, _ = paper_tables.score_text_to_image(mini, ("x", "s:test", "", "text_to_image", "R@5"), sets, kept)
     assert len(score.per_query) == 4 and score.mean == pytest.approx(0.75), (
         "six equal houses tie beyond the fifth place"
     )
@@ -413,7 +419,7 @@ COLUMNS = [
 
 
 @pytest.fixture
-def bench(seven, cache, tmp_path, monkeypatch):
+def bench(cache, tmp_path, monkeypatch):
     """A table of three columns over two drawn sets: run(names) -> its cells, with an encoder that counts."""
     there, counted, loads = {"a": colored(0), "b": colored(1)}, Counted(), []
 
@@ -427,8 +433,8 @@ def bench(seven, cache, tmp_path, monkeypatch):
     monkeypatch.setattr(gu, "load_encoder", lambda name: counted.encoder())
 
     def run(names=("counted",), columns=COLUMNS, protocol="own"):
-        sets, notes = seven.load_sets(columns)
-        return seven.measure_table(list(names), columns, sets, notes, protocol, tmp_path / "cells")
+        sets, notes = paper_tables.load_sets(columns)
+        return paper_tables.measure_table(list(names), columns, sets, notes, protocol, tmp_path / "cells")
 
     return SimpleNamespace(run=run, there=there, counted=counted, loads=loads, cells=tmp_path / "cells")
 
@@ -442,9 +448,9 @@ def test_every_set_is_loaded_once_and_every_image_embedded_once_for_all_columns(
     assert bench.counted.pictures == 40
 
 
-def test_a_killed_run_goes_on_with_the_column_it_died_in(bench, seven, monkeypatch):
+def test_a_killed_run_goes_on_with_the_column_it_died_in(bench, monkeypatch):
     measured = []
-    honest = seven.score_cell
+    honest = paper_tables.score_cell
 
     def score(encoder, column, sets, kept):
         if len(measured) == 1 and column[0] == "second":
@@ -453,7 +459,7 @@ def test_a_killed_run_goes_on_with_the_column_it_died_in(bench, seven, monkeypat
         measured.append(column[0])
         return honest(encoder, column, sets, kept)
 
-    monkeypatch.setitem(seven.measure_table.__globals__, "score_cell", score)
+    monkeypatch.setitem(paper_tables.measure_table.__globals__, "score_cell", score)
     with pytest.raises(KeyboardInterrupt):
         bench.run()
     assert len(list(bench.cells.glob("*.json"))) == 1, "the first column is on disk"
@@ -462,13 +468,15 @@ def test_a_killed_run_goes_on_with_the_column_it_died_in(bench, seven, monkeypat
     assert bench.run() == resumed and len(measured) == 4, "now all come from their files"
 
 
-def test_other_images_or_other_weights_are_measured_anew(bench, seven):
+def test_other_images_or_other_weights_are_measured_anew(bench):
     before = bench.run()
     bench.there["b"] = colored(2)
     after = bench.run()
     assert after["counted", "second"]["data"] != before["counted", "second"]["data"]
     assert after["counted", "first"] == before["counted", "first"]
-    files = {seven.cell_file(gu.Encoder("e", *parts), COLUMNS[0], bench.cells) for parts in different_encoders()}
+    files = {
+        paper_tables.name_cell_file(gu.Encoder("e", *parts), COLUMNS[0], bench.cells) for parts in different_encoders()
+    }
     assert len(files) == 3
 
 
@@ -479,13 +487,13 @@ def different_encoders():
     yield large, lambda batch: batch.mean((2, 3)) * torch.tensor([1.0, 2, 3])
 
 
-def test_a_data_set_that_is_nowhere_leaves_its_cells_blank_with_the_loaders_words(bench, seven):
+def test_a_data_set_that_is_nowhere_leaves_its_cells_blank_with_the_loaders_words(bench):
     del bench.there["b"]
     cells = bench.run()
     assert cells["counted", "second"] == {"why": "b was not found; get it from its home page"}
     assert "row" in cells["counted", "first"] and "row" in cells["counted", "third"]
     values = [cell.get("row", {}).get("value") for cell in cells.values()]
-    assert seven.average(values).endswith("over 2 of 3")
+    assert paper_tables.average_columns(values).endswith("over 2 of 3")
 
 
 def test_what_was_measured_stays_when_its_data_are_gone(bench):
@@ -516,42 +524,42 @@ def test_weights_that_cannot_be_had_leave_a_row_blank_and_a_mistyped_file_stops(
         bench.run(["nothing"])
 
 
-def test_files_that_cannot_be_read_are_noted_in_the_cell(seven, folder, mini, cache, tmp_path):
+def test_files_that_cannot_be_read_are_noted_in_the_cell(folder, mini, cache, tmp_path):
     (folder / "red" / "1.png").write_bytes(b"broken")
     sets = {"s:test": gu.load_images(folder)}
-    notes, column = {"s:test": seven.list_digest(sets["s:test"])}, ("x", "s:test", "", "image_to_image", "mAP")
+    notes, column = {"s:test": paper_tables.digest_set(sets["s:test"])}, ("x", "s:test", "", "image_to_image", "mAP")
     with pytest.warns(UserWarning, match="1 of 12 images cannot be read"):
-        cell = seven.measure(mini, column, sets, notes, tmp_path, {})
+        cell = paper_tables.measure_cell(mini, column, sets, notes, tmp_path, {})
     assert "red/1.png" in cell["left out"][0]
 
 
-def test_avg_is_a_number_only_over_all_columns(seven):
-    assert seven.average([50.0, 70.0, 0.0]) == pytest.approx(40)
-    assert seven.average([50.0, None, 0.0]) == "25.0 over 2 of 3"
-    assert seven.average([None, None]) == "over 0 of 2"
+def test_avg_is_a_number_only_over_all_columns():
+    assert paper_tables.average_columns([50.0, 70.0, 0.0]) == pytest.approx(40)
+    assert paper_tables.average_columns([50.0, None, 0.0]) == "25.0 over 2 of 3"
+    assert paper_tables.average_columns([None, None]) == "over 0 of 2"
 
 
-def test_every_published_cell_agrees_differs_or_was_not_run(seven):
+def test_every_published_cell_agrees_differs_or_was_not_run():
     large, small = "open_clip:ViT-L-14-336/openai", "open_clip:ViT-B-16/openai"
     ours = {large: {"gpr1200_map": 75.6, "cub_r1": 77.6, "sop_r1": None}, "mini": {"gpr1200_map": 76.0}}
-    lines = {line["model"]: line for line in seven.verdicts("gpnns", ours)}
+    lines = {line["model"]: line for line in paper_tables.compare_table("gpnns", ours)}
     assert len(lines) == 8 and all(len(line) == 16 for line in lines.values())
     base = lines["CLIP ViT-L"]
     assert base["gpr1200_map"] == "76.0 ✓ 75.6" and base["cub_r1"] == "77.0 ✗ 77.6"
     assert base["sop_r1"] == "67.8 –" and lines["CLIP ViT-L, ArcMargin"]["cub_r1"] == "88.2 –"
-    everything = {small: seven.published_rows("gpnns")[small]}
+    everything = {small: paper_tables.find_published_rows("gpnns")[small]}
     marks = {
         line["model"]: {str(cell).split()[1] for name, cell in line.items() if name != "model"}
-        for line in seven.verdicts("gpnns", everything)
+        for line in paper_tables.compare_table("gpnns", everything)
     }
     assert marks.pop("CLIP ViT-B") == {"✓"} and set().union(*marks.values()) == {"–"}
-    labels = [line["model"] for line in seven.verdicts("mcip", {})]
+    labels = [line["model"] for line in paper_tables.compare_table("mcip", {})]
     assert len(set(labels)) == 9 and labels[4] == "OpenAI ViT-L/14@336, mcip, realigned"
 
 
 @pytest.mark.parametrize("table", ["gpnns", "mcip"])
-def test_published_rows_are_those_before_fine_tuning_or_of_the_release(seven, table):
-    rows = seven.published_rows(table)
+def test_published_rows_are_those_before_fine_tuning_or_of_the_release(table):
+    rows = paper_tables.find_published_rows(table)
     large = rows["open_clip:ViT-L-14-336/openai"]
     assert large["gpr1200_map"] == 76.0 and large["cub_r1"] == 77.0, "both papers print the same base"
     if table == "gpnns":
@@ -564,7 +572,7 @@ def test_published_rows_are_those_before_fine_tuning_or_of_the_release(seven, ta
 
 
 def test_the_papers_protocol_squeezes_crops_and_takes_features_before_the_projection(mini):
-    paper = gu.encoders.as_in_paper(mini)
+    paper = heads.embed_as_in_paper(mini)
     square, crop, _, norm = paper.preprocess.transforms
     assert square.size == (54, 54) and square.interpolation == transforms.InterpolationMode.BICUBIC
     assert crop.size == (48, 48) and norm.mean == mini.preprocess.transforms[-1].mean
@@ -578,27 +586,27 @@ def test_the_papers_protocol_squeezes_crops_and_takes_features_before_the_projec
 
 def test_weights_of_openai_get_the_mean_of_imagenet_and_encoders_without_a_model_stay_as_they_are(mini):
     openai = replace(mini, origin={"encoder": "open_clip:ViT-B-16/openai"})
-    assert gu.encoders.as_in_paper(openai).preprocess.transforms[-1].mean == (0.485, 0.456, 0.406)
+    assert heads.embed_as_in_paper(openai).preprocess.transforms[-1].mean == (0.485, 0.456, 0.406)
     pixels = gu.load_encoder("pixels")
-    assert gu.encoders.as_in_paper(pixels) is pixels
+    assert heads.embed_as_in_paper(pixels) is pixels
 
 
 def test_one_embedding_serves_images_and_texts_of_an_encoder_with_weights_of_its_own(mini, folder, cache, tmp_path):
     """In a table with columns of both; without texts, and without weights of its own, images have the features before it."""
-    one = gu.encoders.as_in_paper(mini, one_embedding=True)
+    one = heads.embed_as_in_paper(mini, one_embedding=True)
     assert one.text_tower is not None and one.dim == mini.dim
-    openai = gu.encoders.as_in_paper(replace(mini, origin={"encoder": "open_clip:ViT-B-16/openai"}), True)
+    openai = heads.embed_as_in_paper(replace(mini, origin={"encoder": "open_clip:ViT-B-16/openai"}), True)
     assert openai.preprocess.transforms[-1].mean == mini.preprocess.transforms[-1].mean, "one mean throughout"
     images, texts = ("i", "s:test", "", "image_to_image", "mAP"), ("t", "s:test", "", "zero_shot", "accuracy")
     sets = {"s:test": gu.load_images(folder)}
-    notes, own = {"s:test": gu.tables.list_digest(sets["s:test"])}, tmp_path / "own.safetensors"
-    gu.save_checkpoint(mini, own)
+    notes, own = {"s:test": paper_tables.digest_set(sets["s:test"])}, tmp_path / "own.safetensors"
+    checkpoints.save_checkpoint(mini, own)
     values = {}
     for name in ("mini", f"mini@{own}"):
         for columns in ([images], [images, texts]):
-            cells = gu.tables.measure_table([name], columns, sets, notes, "paper", tmp_path / "cells")
+            cells = paper_tables.measure_table([name], columns, sets, notes, "paper", tmp_path / "cells")
             values[name[:5], len(columns)] = cells[name, "i"]["row"]["value"]
-    vectors = {f: gu.embed_images(gu.encoders.as_in_paper(mini, f), sets["s:test"], cache=False) for f in (True, False)}
+    vectors = {f: gu.embed_images(heads.embed_as_in_paper(mini, f), sets["s:test"], cache=False) for f in (True, False)}
     expected = {f: 100 * oracle(v, sets["s:test"].labels, leave_out_query=True) for f, v in vectors.items()}
     assert values["mini@", 2] == pytest.approx(expected[True], abs=0.01)
     for other in (("mini@", 1), ("mini", 1), ("mini", 2)):
@@ -607,38 +615,38 @@ def test_one_embedding_serves_images_and_texts_of_an_encoder_with_weights_of_its
 
 def test_a_checkpoint_with_a_head_keeps_its_features_and_does_not_stop_a_table(mini, folder, cache, tmp_path):
     for before in (False, True):
-        with_head = gu.add_head(gu.load_encoder("mini", "cpu"), 16, before)
-        gu.save_checkpoint(with_head, tmp_path / f"{before}.safetensors", before_projection=before)
+        with_head = heads.add_head(gu.load_encoder("mini", "cpu"), 16, before)
+        checkpoints.save_checkpoint(with_head, tmp_path / f"{before}.safetensors", before_projection=before)
     sets = {"s:test": gu.load_images(folder)}
-    notes, columns = {"s:test": gu.tables.list_digest(sets["s:test"])}, [("i", "s:test", "", "image_to_image", "mAP")]
+    notes, columns = {"s:test": paper_tables.digest_set(sets["s:test"])}, [("i", "s:test", "", "image_to_image", "mAP")]
     names = [f"mini@{tmp_path}/{before}.safetensors" for before in (False, True)]
-    cells = gu.tables.measure_table(names, columns, sets, notes, "paper", tmp_path / "cells")
+    cells = paper_tables.measure_table(names, columns, sets, notes, "paper", tmp_path / "cells")
     assert all("row" in cells[name, "i"] for name in names)
-    assert gu.encoders.as_in_paper(gu.load_encoder(names[0], "cpu")).dim == 16
+    assert heads.embed_as_in_paper(gu.load_encoder(names[0], "cpu")).dim == 16
 
 
 # --- notebook 07: whole tables on the data sets in small ---
 
 
 @pytest.mark.parametrize(("table", "encoder"), [("gpnns", "pixels"), ("mcip", "mini")])
-def test_a_whole_table_is_measured_where_its_data_sets_are_there(seven, data, tmp_path, monkeypatch, table, encoder):
-    columns = getattr(seven, f"{table}_columns")()
+def test_a_whole_table_is_measured_where_its_data_sets_are_there(data, tmp_path, monkeypatch, table, encoder):
+    columns = getattr(f"{table}_columns")()
     for name in dict.fromkeys(part.split(":")[0] for column in columns for part in column[1:3] if part):
         in_small.build(name, data, monkeypatch)
-    sets, notes = seven.load_sets(columns)
+    sets, notes = paper_tables.load_sets(columns)
     assert len(sets) == len(notes), notes
-    cells = seven.measure_table([encoder], columns, sets, notes, "paper", tmp_path / "cells")
+    cells = paper_tables.measure_table([encoder], columns, sets, notes, "paper", tmp_path / "cells")
     values = [cells[encoder, column[0]]["row"]["value"] for column in columns]
     assert len(values) == {"gpnns": 15, "mcip": 14}[table] and all(0 <= value <= 100 for value in values)
-    assert isinstance(seven.average(values), float)
+    assert isinstance(paper_tables.average_columns(values), float)
 
 
-def test_without_its_data_sets_a_table_is_blank_and_each_set_says_how_to_get_it(seven, data, tmp_path):
-    columns = seven.gpnns_columns()
-    sets, notes = seven.load_sets(columns)
+def test_without_its_data_sets_a_table_is_blank_and_each_set_says_how_to_get_it(data, tmp_path):
+    columns = paper_tables.gpnns_columns()
+    sets, notes = paper_tables.load_sets(columns)
     assert not sets and "cannot be downloaded without you" in notes["imagenet:train"]
     assert "could not download" in notes["instre:test"]
-    cells = seven.measure_table(["pixels"], columns, sets, notes, "own", tmp_path / "cells")
+    cells = paper_tables.measure_table(["pixels"], columns, sets, notes, "own", tmp_path / "cells")
     assert [cell["why"] for cell in cells.values()] == [notes[column[2] or column[1]] for column in columns]
     assert not {"imagenet_v2:test", "roxford:query_full"} & notes.keys(), "nothing is fetched that has no gallery"
 
@@ -650,7 +658,7 @@ def test_the_notebook_measures_the_part_of_a_paper_that_is_there_and_says_what_i
         if (REAL_CACHE / part).exists():
             (tmp_path / "cache").mkdir(exist_ok=True)
             (tmp_path / "cache" / part).symlink_to(REAL_CACHE / part)
-    for name in {column[1].split(":")[0] for column in gu.tables.gpnns_columns()} - {"imagenet"}:
+    for name in {column[1].split(":")[0] for column in paper_tables.gpnns_columns()} - {"imagenet"}:
         in_small.BUILDERS[name](data / name)  # too small to be the real ones, but for Adience, which has no counts
     parameters = {"profile": profile, "table": "gpnns", "encoders": ["mini", "pixels"]}
     said = text_of(execute(FOLDER / "07_reproduce_papers.ipynb", tmp_path / "o.ipynb", parameters))
@@ -666,17 +674,17 @@ def test_the_notebook_measures_the_part_of_a_paper_that_is_there_and_says_what_i
 # --- licences ---
 
 
-def test_a_licence_is_what_the_library_states_and_else_a_place_to_look(seven):
-    assert seven.licence_of("mini") == seven.licence_of("mini@arcmargin") == "MIT"
+def test_a_licence_is_what_the_library_states_and_else_a_place_to_look():
+    assert licences.find_licence("mini") == licences.find_licence("mini@arcmargin") == "MIT"
     for name in ("timm:vit_large_patch16_dinov3.lvd1689m", "timm:vit_base_patch16_224.augreg_in21k"):
-        assert seven.licence_of(name) == timm.get_pretrained_cfg(name[5:]).license
-    assert seven.licence_of("open_clip:ViT-H-14-worldwide/metaclip2_worldwide") == "cc-by-nc-4.0"
-    openai = seven.licence_of("open_clip:ViT-B-16/openai")
+        assert licences.find_licence(name) == timm.get_pretrained_cfg(name[5:]).license
+    assert licences.find_licence("open_clip:ViT-H-14-worldwide/metaclip2_worldwide") == "cc-by-nc-4.0"
+    openai = licences.find_licence("open_clip:ViT-B-16/openai")
     assert openai == "see its model card, timm/vit_base_patch16_clip_224.openai"
     for name in ("open_clip:ViT-B-16", "open_clip:hf-hub:someone/model", "timm:no_such_model"):
-        assert seven.licence_of(name) == "see its model card", name
+        assert licences.find_licence(name) == "see its model card", name
     assert (
-        seven.licence_of("mini@mine.safetensors")
-        == seven.licence_of("gpnns:ViT-B@x.pth")
+        licences.find_licence("mini@mine.safetensors")
+        == licences.find_licence("gpnns:ViT-B@x.pth")
         == "see where the file is from"
     )

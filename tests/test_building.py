@@ -16,7 +16,8 @@ from conftest import run_here
 from PIL import Image
 
 import gpnns_utils as gu
-from gpnns_utils import building
+from gpnns import building
+from gpnns.encoders import heads, loading
 
 
 def photo(path, number, size=(60, 40)):
@@ -70,7 +71,7 @@ def test_images_without_labels_are_cut_at_random_and_nothing_is_measured(tmp_pat
         4,
     ]
     assert "no labels tell which of them show the same" in capsys.readouterr().out
-    assert building.measure(building.Search(gu.load_encoder("pixels")), parts) == {}
+    assert building.measure_search(building.Search(gu.load_encoder("pixels")), parts) == {}
 
 
 def test_splits_of_a_source_are_kept(tmp_path):
@@ -113,11 +114,11 @@ def test_a_near_copy_is_the_nearest_of_all_and_leaves_the_training(with_copy, ca
     best = int(np.argmax(cosines))
     assert {part[best], part[nearest[best]]} == {"train", "test"} and cosines[best] > 0.98
     assert np.sort(cosines)[-3] < 0.9, "nothing else is alike"
-    without = building.without_copies(with_copy, 0.98)
+    without = building.remove_copies(with_copy, 0.98)
     assert len(without.train) == 12 and not [path for path in without.train.images if path.name == "copy.jpg"]
     assert without.test[1] is without.train and without.validation[1] is without.train
     assert "1 of 13 training images have a near copy in another part" in capsys.readouterr().out
-    assert building.without_copies(without, 0.98) is without
+    assert building.remove_copies(without, 0.98) is without
 
 
 # --- steps -----------------------------------------------------------------------------------------------------------
@@ -142,7 +143,7 @@ def test_a_linear_map_multiplies_images_and_texts_and_leaves_the_encoder_it_was_
     rng = np.random.default_rng(0)
     matrix = np.eye(dim) + 0.3 * rng.normal(size=(dim, dim)) / dim**0.5
     before = gu.embed_images(mini, told.test[0]), gu.embed_texts(mini, ["a fish", "a red vase"])
-    other = building.mapped(search, told, lambda vectors, labels: matrix).encoder
+    other = building.map_search(search, told, lambda vectors, labels: matrix).encoder
     after = gu.embed_images(other, told.test[0]), gu.embed_texts(other, ["a fish", "a red vase"])
     for old, new in zip(before, after, strict=True):
         np.testing.assert_allclose(new, gu.unit_rows(old @ matrix.T.astype(np.float32), "rows"), atol=2e-5)
@@ -159,10 +160,10 @@ def test_a_model_without_a_text_tower_gets_the_map_as_a_head(told, name, monkeyp
         name = "timm:resnet10t"
     encoder = gu.load_encoder(name)
     matrix = np.diag(np.linspace(0.5, 1.5, encoder.dim))
-    other = building.mapped(building.Search(encoder), told, lambda vectors, labels: matrix).encoder
+    other = building.map_search(building.Search(encoder), told, lambda vectors, labels: matrix).encoder
     old, new = gu.embed_images(encoder, told.test[0]), gu.embed_images(other, told.test[0])
     np.testing.assert_allclose(new, gu.unit_rows(old @ matrix.astype(np.float32), "rows"), atol=1e-4)
-    copy = building.copied(other)
+    copy = building.copy_encoder(other)
     np.testing.assert_allclose(gu.embed_images(copy, told.test[0]), new, atol=1e-6)
     assert other.text_tower is None
 
@@ -170,11 +171,13 @@ def test_a_model_without_a_text_tower_gets_the_map_as_a_head(told, name, monkeyp
 @pytest.mark.parametrize("kind", ["squashed", "before the projection"])
 def test_a_copy_prepares_images_and_ends_as_its_original_also_when_taken_home(mini, told, tmp_path, kind):
     fresh = gu.load_encoder("mini")
-    changed = gu.encoders.squashed(fresh) if kind == "squashed" else gu.add_head(fresh, None, before_projection=True)
+    changed = (
+        loading.squash_images(fresh) if kind == "squashed" else heads.add_head(fresh, None, before_projection=True)
+    )
     wanted, plain = (gu.embed_images(one, told.test[0]) for one in (changed, mini))
     assert wanted.shape != plain.shape or np.abs(wanted - plain).max() > 1e-3, "the two differ"
     home = building.open_folder(building.take_home(building.Search(changed), told, tmp_path / "out", CARD))
-    for other in (building.copied(changed), home["encoder"]):
+    for other in (building.copy_encoder(changed), home["encoder"]):
         np.testing.assert_allclose(gu.embed_images(other, told.test[0], cache=False), wanted, atol=1e-5)
 
 
@@ -182,7 +185,7 @@ def test_a_copy_prepares_images_and_ends_as_its_original_also_when_taken_home(mi
 def test_projections_of_other_towers_take_the_map_in_too(told, architecture):
     encoder = gu.load_encoder(f"open_clip:{architecture}/random")
     matrix = np.eye(encoder.dim) + 0.5 * np.random.default_rng(0).normal(size=(encoder.dim,) * 2) / encoder.dim**0.5
-    other, few = building.with_map(encoder, matrix), told.test[0].subset([0, 1])
+    other, few = building.add_map(encoder, matrix), told.test[0].subset([0, 1])
     for embed, what in ((gu.embed_images, few), (gu.embed_texts, ["a fish", "a vase"])):
         wanted = gu.unit_rows(embed(encoder, what, cache=False) @ matrix.T.astype(np.float32), "rows")
         np.testing.assert_allclose(embed(other, what, cache=False), wanted, atol=2e-5)
@@ -194,39 +197,39 @@ def test_steps_that_lack_something_give_back_what_they_got_and_say_what_would_he
     flat, search = building.load_parts(tmp_path / "flat"), building.Search(mini)
     images_only = building.Search(gu.load_encoder("efficientnet_lite0:64"))
     capsys.readouterr()
-    assert building.mapped(search, flat, None) is search and "no labels: with a folder" in capsys.readouterr().out
-    assert building.tuned(search, flat, tmp_path) is search and "no labels" in capsys.readouterr().out
-    assert building.realigned(search, flat, tmp_path) is search and "no captions" in capsys.readouterr().out
-    assert building.without_hubs(search, flat) is search and "no captions" in capsys.readouterr().out
-    assert building.averaged(search, search) is search and "no two trainings" in capsys.readouterr().out
-    assert building.realigned(images_only, told, tmp_path) is images_only
+    assert building.map_search(search, flat, None) is search and "no labels: with a folder" in capsys.readouterr().out
+    assert building.tune_search(search, flat, tmp_path) is search and "no labels" in capsys.readouterr().out
+    assert building.realign_search(search, flat, tmp_path) is search and "no captions" in capsys.readouterr().out
+    assert building.correct_hubs(search, flat) is search and "no captions" in capsys.readouterr().out
+    assert building.average_searches(search, search) is search and "no two trainings" in capsys.readouterr().out
+    assert building.realign_search(images_only, told, tmp_path) is images_only
     assert "efficientnet_lite0:64 has no text tower; nothing is changed" in capsys.readouterr().out
     pixels = building.Search(gu.load_encoder("pixels"))
-    assert building.tuned(pixels, told, tmp_path) is pixels and "no weights to train" in capsys.readouterr().out
+    assert building.tune_search(pixels, told, tmp_path) is pixels and "no weights to train" in capsys.readouterr().out
 
 
 def test_an_encoder_that_cannot_read_finds_nothing_by_text(told):
-    scores = building.measure(building.Search(gu.load_encoder("efficientnet_lite0:64")), told)
+    scores = building.measure_search(building.Search(gu.load_encoder("efficientnet_lite0:64")), told)
     assert scores[building.TEXTS].mean == 0 and scores[building.IMAGES].mean > 0
 
 
 def test_the_bias_counts_for_texts_alone(mini, told):
-    plain = building.measure(building.Search(mini), told)
-    pushed = building.measure(building.Search(mini, k=4, alpha=5.0), told)
+    plain = building.measure_search(building.Search(mini), told)
+    pushed = building.measure_search(building.Search(mini, k=4, alpha=5.0), told)
     np.testing.assert_array_equal(plain[building.IMAGES].per_query, pushed[building.IMAGES].per_query)
     assert not np.array_equal(plain[building.TEXTS].per_query, pushed[building.TEXTS].per_query)
 
 
 def test_hubs_are_taken_back_with_as_few_captions_as_there_are(mini, told):
     few = dataclasses.replace(told, told=told.told | {"train": told.train.subset([0, 1, 2])})
-    assert building.without_hubs(building.Search(mini), few).k == 3
+    assert building.correct_hubs(building.Search(mini), few).k == 3
 
 
 def test_the_average_of_two_searches_has_the_mean_of_their_weights(mini):
-    one, other = building.Search(building.copied(mini)), building.Search(building.copied(mini))
+    one, other = building.Search(building.copy_encoder(mini)), building.Search(building.copy_encoder(mini))
     with torch.no_grad():
         other.encoder.model.text_projection.add_(2.0)
-    mean = building.averaged(one, other).encoder.model.text_projection
+    mean = building.average_searches(one, other).encoder.model.text_projection
     torch.testing.assert_close(mean, mini.model.text_projection + 1.0)
 
 
@@ -251,7 +254,7 @@ def test_a_folder_answers_as_the_search_that_was_saved(home):
     search, parts, folder = home
     opened, encoder = building.open_folder(folder), search.encoder
     vectors = gu.embed_images(encoder, parts.everything)
-    bias = gu.hub_bias(vectors, building.references(encoder, parts), 4, 0.5)
+    bias = gu.hub_bias(vectors, building.embed_references(encoder, parts), 4, 0.5)
     texts = ["a white building number 3 1", "a fish"]
     wanted = gu.search(gu.embed_texts(encoder, texts), vectors, 5, bias=bias)
     scores, rows = building.find_rows(opened, texts, 5)
@@ -298,7 +301,7 @@ def test_a_folder_is_replaced_as_a_whole_and_a_card_says_what_it_is(home, monkey
     text = (folder / "README.md").read_text()
     assert text.startswith("---\nlibrary_name: open_clip\nlicense: mit\n") and "| at first | 1 |" in text
     before = (folder / "search.json").read_bytes()
-    monkeypatch.setattr(building, "card_text", lambda *_: 1 / 0)
+    monkeypatch.setattr(building, "write_card", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         building.take_home(search, parts, folder, CARD | {"base": "other"})
     assert (folder / "search.json").read_bytes() == before, "what was saved is still there"
@@ -307,7 +310,7 @@ def test_a_folder_is_replaced_as_a_whole_and_a_card_says_what_it_is(home, monkey
 def test_the_lines_that_open_a_folder_run_in_a_new_process(home, tmp_path):
     _, parts, folder = home
     result = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(gu.HERE)!r})\n" + building.program(folder, parts)],
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(gu.HERE)!r})\n" + building.write_program(folder, parts)],
         cwd=gu.work_folder(), capture_output=True, text=True,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
@@ -339,7 +342,7 @@ def test_new_photos_join_a_search_with_a_bias_of_their_own_and_once(home, tmp_pa
     opened, encoder = building.open_folder(folder), search.encoder
     assert opened["names"][-6:] == [str(path) for path in more.images] and len(opened["captions"]) == 54
     vectors = np.concatenate([gu.embed_images(encoder, one) for one in (parts.everything, more)])
-    bias = gu.hub_bias(vectors, building.references(encoder, parts), 4, 0.5)
+    bias = gu.hub_bias(vectors, building.embed_references(encoder, parts), 4, 0.5)
     wanted = gu.search(gu.embed_texts(encoder, ["a fish"]), vectors, 54, bias=bias)[0]
     np.testing.assert_allclose(building.find_rows(opened, ["a fish"], 54)[0], wanted, atol=1e-5)
     assert building.find(opened, more.subset([2]), 1) == [[str(more.images[2])]]

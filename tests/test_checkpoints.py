@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import gpnns_utils as gu
+from gpnns.encoders import checkpoints, heads
 
 VISION = {"image_size": 32, "patch_size": 8, "width": 32, "head_width": 16, "layers": 2}
 TEXT = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
@@ -125,7 +126,7 @@ def test_checkpoints_of_guie_s_4th_place_load_with_head_and_preprocessing(models
         expected = models["small"].encode_image((squeezed - mean) / std) @ state["head.emb.weight"].T
         found = encoder.image_tower(encoder.preprocess(picture)[None])
     assert found.shape == (1, 12) and torch.allclose(found, expected, atol=1e-5)
-    path = gu.save_checkpoint(encoder, tmp_path / "again")
+    path = checkpoints.save_checkpoint(encoder, tmp_path / "again")
     again = gu.load_encoder(f"open_clip:small/random@{path}", "cpu")
     with torch.no_grad():
         assert torch.equal(again.image_tower(again.preprocess(picture)[None]), found)
@@ -137,7 +138,7 @@ def test_guie_s_checkpoints_are_averaged_backbone_and_head(models, tmp_path):
     with torch.no_grad():
         models["small"].visual.proj.mul_(3)
     guie_checkpoint(models["small"], tmp_path / "b")
-    states = [gu.load_checkpoint(tmp_path / file) for file in "ab"]
+    states = [checkpoints.load_checkpoint(tmp_path / file) for file in "ab"]
     soup = {key: (states[0][key] + states[1][key]) / 2 for key in states[0]}
     save_file(soup, tmp_path / "soup.safetensors")
     encoder = gu.load_encoder(f"open_clip:small/random@{tmp_path}/soup.safetensors", "cpu")
@@ -146,8 +147,8 @@ def test_guie_s_checkpoints_are_averaged_backbone_and_head(models, tmp_path):
 
 
 def test_a_checkpoint_with_a_head_loads_in_plain_open_clip_as_the_readme_says(models, tmp_path):
-    encoder = gu.add_head(gu.load_encoder("open_clip:small/random", "cpu"), 8)
-    path = gu.save_checkpoint(encoder, tmp_path / "tuned")
+    encoder = heads.add_head(gu.load_encoder("open_clip:small/random", "cpu"), 8)
+    path = checkpoints.save_checkpoint(encoder, tmp_path / "tuned")
     (said,) = re.findall(
         r"^```python\n(state = .*?)^```", (gu.HERE / "notebooks" / "README.md").read_text(encoding="utf-8"), re.M | re.S
     )
@@ -233,7 +234,7 @@ def test_deepspeed_s_and_other_names_of_the_weights_are_known(models, tmp_path):
     state = models["small"].state_dict()
     for name in ("module", "model_state_dict", "model", "net", "state_dict"):
         torch.save({name: state, "optimizer": {"state": {}}, "epoch": 3}, tmp_path / "a.pt")
-        assert torch.equal(gu.load_checkpoint(tmp_path / "a.pt")["visual.proj"], state["visual.proj"])
+        assert torch.equal(checkpoints.load_checkpoint(tmp_path / "a.pt")["visual.proj"], state["visual.proj"])
 
 
 @pytest.mark.parametrize(

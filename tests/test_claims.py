@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 
 import gpnns_utils as gu
-from gpnns_utils import claims_table, measure_claims, training
+from gpnns import losses, published_tables
+from gpnns.claims import claims_table, measure_claims
 
 
 @pytest.fixture(autouse=True)
@@ -60,68 +61,70 @@ def test_a_part_is_measured_once_and_a_killed_run_keeps_what_was_finished(tmp_pa
     monkeypatch.setattr(measure_claims, "part_tuned", part_tuned)
     many = [{"base": "0", "number": number} for number in (1, 2, 3)]
     with pytest.raises(KeyboardInterrupt):
-        measure_claims.results_of("tuned", many)
+        measure_claims.get_results("tuned", many)
     for _ in range(2):
-        results = measure_claims.results_of("tuned", many)
+        results = measure_claims.get_results("tuned", many)
         assert [len(result["score"]) for result in results] == [1, 2, 3]
     assert asked == [1, 2, 3, 3]
     written = (tmp_path / "claims" / "tuned.npz").read_bytes()
-    measure_claims.save_results(tmp_path / "again.npz", measure_claims.results_in(tmp_path / "claims" / "tuned.npz"))
+    measure_claims.save_results(tmp_path / "again.npz", measure_claims.read_results(tmp_path / "claims" / "tuned.npz"))
     assert (tmp_path / "again.npz").read_bytes() == written, "the same results are the same bytes"
-    measure_claims.results_of("tuned", [many[0], many[0] | {"number": 4}, many[0] | {"number": 4}])
+    measure_claims.get_results("tuned", [many[0], many[0] | {"number": 4}, many[0] | {"number": 4}])
     assert asked == [1, 2, 3, 3, 4], "another part is added, and asked for twice it is measured once"
-    assert len(measure_claims.results_in(tmp_path / "claims" / "tuned.npz")) == 4
+    assert len(measure_claims.read_results(tmp_path / "claims" / "tuned.npz")) == 4
     monkeypatch.setattr(measure_claims, "RECIPE", measure_claims.RECIPE | {"scale": 30.0})
-    measure_claims.results_of("tuned", many[:1])
+    measure_claims.get_results("tuned", many[:1])
     assert asked == [1, 2, 3, 3, 4, 1], "with another recipe nothing of the old one may be used"
 
 
 def test_a_result_rests_on_its_own_settings_and_bases_alone(monkeypatch):
     kept = {
-        part: measure_claims.made_with(part, {"base": "1", "way": "adaptive", "finder": "2"})
+        part: measure_claims.describe_settings(part, {"base": "1", "way": "adaptive", "finder": "2"})
         for part in ("tuned", "nnn")
     }
     monkeypatch.setitem(measure_claims.BASES, "another", ["--seed", "9"])
     monkeypatch.setattr(measure_claims, "ALPHAS", (0.0, 1.0))
     monkeypatch.setitem(measure_claims.OPTIONS, "adaptive", (0.1, 0.5))
-    now = {part: measure_claims.made_with(part, {"base": "1", "way": "adaptive", "finder": "2"}) for part in kept}
+    now = {
+        part: measure_claims.describe_settings(part, {"base": "1", "way": "adaptive", "finder": "2"}) for part in kept
+    }
     assert now["tuned"] != kept["tuned"] and now["nnn"] != kept["nnn"]
-    assert measure_claims.made_with("tuned", {"base": "1", "way": "softmax"}) != measure_claims.made_with(
-        "tuned", {"base": "2", "way": "softmax"}
-    ), "weights of another base"
+    assert measure_claims.describe_settings(
+        "tuned", {"base": "1", "way": "softmax"}
+    ) != measure_claims.describe_settings("tuned", {"base": "2", "way": "softmax"}), "weights of another base"
 
 
 def test_scores_of_a_base_that_is_not_shipped_are_used_until_it_is_made_anew(tmp_path, monkeypatch):
     monkeypatch.setattr(measure_claims, "KEPT", tmp_path / "claims")
     monkeypatch.setattr(measure_claims, "RUNS", tmp_path / "runs")
-    path = measure_claims.path_of("longer_clean")
-    assert path.is_relative_to(tmp_path) and measure_claims.digest_of("longer_clean") == "not made yet"
+    path = measure_claims.find_base("longer_clean")
+    assert path.is_relative_to(tmp_path) and measure_claims.hash_base("longer_clean") == "not made yet"
     gu.write_atomically(path, lambda stream: stream.write(b"weights"))
-    first = measure_claims.made_with("tuned", {"base": "0", "finder": "longer_clean"})
+    first = measure_claims.describe_settings("tuned", {"base": "0", "finder": "longer_clean"})
     path.unlink()
-    assert measure_claims.made_with("tuned", {"base": "0", "finder": "longer_clean"}) == first
-    measure_claims.digest_of_file.cache_clear()
+    assert measure_claims.describe_settings("tuned", {"base": "0", "finder": "longer_clean"}) == first
+    measure_claims.hash_file.cache_clear()
     gu.write_atomically(path, lambda stream: stream.write(b"others"))
-    assert measure_claims.made_with("tuned", {"base": "0", "finder": "longer_clean"}) != first
+    assert measure_claims.describe_settings("tuned", {"base": "0", "finder": "longer_clean"}) != first
 
 
 def test_what_is_shipped_is_used_as_it_is():
     """No result in `claims/` rests on settings or weights that have changed since."""
     kinds = {"rate": float, "weight": float, "alpha": float, "k": int}
     for file in sorted(measure_claims.KEPT.glob("*.npz")):
-        found = measure_claims.results_in(file)
+        found = measure_claims.read_results(file)
         for name, result in found.items():
             listed = dict(part.split("=") for part in name.split(",")[1:])
             options = {key: kinds.get(key, str)(value) for key, value in listed.items()}
-            assert measure_claims.name_of(file.stem, options) == name
-            assert str(result["made with"]) == measure_claims.made_with(file.stem, options), name
+            assert measure_claims.name_part(file.stem, options) == name
+            assert str(result["made with"]) == measure_claims.describe_settings(file.stem, options), name
 
 
 def test_processes_that_need_one_training_take_turns(tmp_path, monkeypatch):
     monkeypatch.setattr(measure_claims, "RUNS", tmp_path)
     inside, most = [], []
 
-    @measure_claims.alone
+    @measure_claims.run_alone
     def train(base, rate=1.0):
         inside.append(base)
         most.append(inside.count(base))
@@ -140,16 +143,16 @@ def test_the_best_setting_is_the_one_that_validation_prefers(monkeypatch):
     values = {0.1: [5.0, 40.0], 0.2: [7.0, 30.0], 0.3: [6.0, 45.0]}
     monkeypatch.setattr(
         measure_claims,
-        "results_of",
+        "get_results",
         lambda _, many: [{"validation": np.array(values[options["rate"]])} for options in many],
     )
     many = [{"rate": rate} for rate in values]
-    assert measure_claims.best("tuned", many, lambda validation: validation[0])["rate"] == 0.2
-    assert measure_claims.best("tuned", many, np.mean)["rate"] == 0.3
+    assert measure_claims.choose_best("tuned", many, lambda validation: validation[0])["rate"] == 0.2
+    assert measure_claims.choose_best("tuned", many, np.mean)["rate"] == 0.3
 
 
 def test_a_long_tail_keeps_every_class_and_thins_out_the_small_ones():
-    whole, cut = gu.load_images("mini", "train"), measure_claims.images_of("long_tail")
+    whole, cut = gu.load_images("mini", "train"), measure_claims.load_images_of("long_tail")
     before, after = np.bincount(whole.labels), np.bincount(cut.labels, minlength=len(np.bincount(whole.labels)))
     assert after.min() == 2 and after.max() == before.max()
     order = np.argsort(before)
@@ -158,11 +161,11 @@ def test_a_long_tail_keeps_every_class_and_thins_out_the_small_ones():
 
 
 def test_captions_are_true_as_often_as_asked():
-    assert measure_claims.share_of_true_words("own") == 1.0
-    read, half, none = (measure_claims.share_of_true_words(f"read_{share}") for share in (1.0, 0.5, 0.0))
+    assert measure_claims.measure_true_words("own") == 1.0
+    read, half, none = (measure_claims.measure_true_words(f"read_{share}") for share in (1.0, 0.5, 0.0))
     assert half == pytest.approx((read + none) / 2, abs=0.02)
     assert none < 0.5 < 0.75 < read < 1, "the bank describes other images"
-    counts = [(measure_claims.captions_for(finder)[0] >= 0).sum() for finder in ("read_1.0", "read_0.0")]
+    counts = [(measure_claims.find_captions_by(finder)[0] >= 0).sum() for finder in ("read_1.0", "read_0.0")]
     assert counts[0] == counts[1], "replaced captions are as many as before"
 
 
@@ -177,11 +180,11 @@ def test_the_caption_loss_is_the_sum_written_down_for_one_image_after_the_other(
         surprise = np.log(np.sum(np.exp(20 * np.array(harder)))) - 20 * np.array(harder)
         share = np.array([1 / len(rows) if i in rows else 0 for i in range(6)])
         expected.append(share @ surprise + 0.1 * np.max((1 - share) * surprise))
-    assert training.multi_caption_loss(images, captions, own, 20.0).item() == pytest.approx(np.mean(expected), rel=1e-4)
+    assert losses.multi_caption_loss(images, captions, own, 20.0).item() == pytest.approx(np.mean(expected), rel=1e-4)
 
 
 def test_a_caption_of_two_images_belongs_to_both():
-    columns, own = training.batch_captions(torch.tensor([[7, 5], [7, -1], [-1, -1]]))
+    columns, own = losses.batch_captions(torch.tensor([[7, 5], [7, -1], [-1, -1]]))
     assert columns.tolist() == [5, 7]
     assert own.int().tolist() == [[1, 1], [0, 1], [0, 0]]
 
@@ -193,8 +196,8 @@ def test_every_way_to_train_runs_in_small_and_changes_what_it_should(tmp_path, m
     monkeypatch.setattr(measure_claims, "REALIGNING", {"epochs": 1.0, "batch_size": 64})
     few = {name: gu.load_images("mini", name).subset(np.arange(200)) for name in ("train", "validation", "bank")}
     few["captions_validation"] = gu.load_images("mini", "captions_validation").subset(np.arange(100))
-    monkeypatch.setattr(measure_claims, "images_of", few.get)
-    for cached in ("embedded", "captions_for"):
+    monkeypatch.setattr(measure_claims, "load_images_of", few.get)
+    for cached in ("embed_base", "find_captions_by"):
         monkeypatch.setattr(measure_claims, cached, getattr(measure_claims, cached).__wrapped__)
 
     def weights(encoder):
@@ -203,18 +206,18 @@ def test_every_way_to_train_runs_in_small_and_changes_what_it_should(tmp_path, m
 
     images, texts = weights(measure_claims.open_base("0"))
     for options in ({"way": "adaptive"}, {"way": "arcmargin", "finder": "0", "weight": 0.5}):
-        moved, kept = weights(measure_claims.tuned("0", rate=1e-3, **options))
+        moved, kept = weights(measure_claims.tune("0", rate=1e-3, **options))
         assert not torch.equal(moved, images) and torch.equal(kept, texts), options
-    again, _ = weights(measure_claims.tuned("0", rate=1e-3, **options))
+    again, _ = weights(measure_claims.tune("0", rate=1e-3, **options))
     assert torch.equal(again, moved), "the second call finds the training done"
-    kept, moved = weights(measure_claims.realigned("0", 1e-3, rate=1e-3, **options))
+    kept, moved = weights(measure_claims.realign_base("0", 1e-3, rate=1e-3, **options))
     assert torch.equal(kept, again) and not torch.equal(moved, texts)
 
-    start, _ = weights(measure_claims.tuned("0", "arcmargin", 1e-3))
-    further = {number: weights(measure_claims.continued("0", 1e-3, 1e-3, number))[0] for number in (0, 1, 4)}
-    further["averaged"], _ = weights(measure_claims.continued("0", 1e-3, 1e-3, 1, ema=0.9))
-    further["unequal"], _ = weights(measure_claims.unequal("0", 2))
-    longer, kept = weights(measure_claims.continued("0", 1e-3, 1e-3, 0, passes=2.0))
+    start, _ = weights(measure_claims.tune("0", "arcmargin", 1e-3))
+    further = {number: weights(measure_claims.continue_tuning("0", 1e-3, 1e-3, number))[0] for number in (0, 1, 4)}
+    further["averaged"], _ = weights(measure_claims.continue_tuning("0", 1e-3, 1e-3, 1, ema=0.9))
+    further["unequal"], _ = weights(measure_claims.tune_unequal("0", 2))
+    longer, kept = weights(measure_claims.continue_tuning("0", 1e-3, 1e-3, 0, passes=2.0))
     assert torch.equal(kept, texts) and not torch.equal(longer, further[0]), "from another start"
     moves = {name: (state - start).norm() for name, state in further.items()}
     assert 0 < moves["averaged"] < moves[1] and all(moves.values()), "the average lags behind"
@@ -223,19 +226,17 @@ def test_every_way_to_train_runs_in_small_and_changes_what_it_should(tmp_path, m
 def test_a_line_between_two_models_begins_and_ends_at_them_and_rules_lie_between_base_and_soup(tmp_path, monkeypatch):
     """Without any training: the models are the mini CLIP, and what notebook 03 made of it."""
     few = gu.load_images("mini", "test").subset(np.arange(0, 2400, 8))
-    monkeypatch.setattr(measure_claims, "images_of", lambda name: few)
-    monkeypatch.setattr(measure_claims, "measured", lambda encoder: encoder.model.state_dict())
+    monkeypatch.setattr(measure_claims, "load_images_of", lambda name: few)
+    monkeypatch.setattr(measure_claims, "measure_encoder", lambda encoder: encoder.model.state_dict())
     tuned = f"mini@{gu.DATA / 'mini_tuned' / 'arcmargin.safetensors'}"
     names = {0: tuned, 1: "mini", 2: tuned, 3: tuned}
     monkeypatch.setattr(
-        measure_claims, "continued", lambda base, start_rate, rate, number: gu.load_encoder(names[number])
+        measure_claims, "continue_tuning", lambda base, start_rate, rate, number: gu.load_encoder(names[number])
     )
-    monkeypatch.setattr(measure_claims, "tuned", lambda *_: gu.load_encoder("mini"))
+    monkeypatch.setattr(measure_claims, "tune", lambda *_: gu.load_encoder("mini"))
     line = measure_claims.part_between("0", 1e-3, rate=1e-3)["image"]
     for scores, name in ((line[0], tuned), (line[-1], "mini")):
-        np.testing.assert_array_equal(
-            scores, measure_claims.average_precision(gu.embed_images(gu.load_encoder(name), few))
-        )
+        np.testing.assert_array_equal(scores, measure_claims.score_images(gu.embed_images(gu.load_encoder(name), few)))
     assert len(line) == len(measure_claims.SHARES)
     key = "visual.transformer.resblocks.0.mlp.c_fc.weight"
     moved = {}
@@ -250,12 +251,12 @@ def test_a_line_between_two_models_begins_and_ends_at_them_and_rules_lie_between
 
 @pytest.fixture(scope="module")
 def table():
-    return gu.datasets.numbers_of(gu.DATA / "claims.csv")
+    return published_tables.read_numbers(gu.DATA / "claims.csv")
 
 
 def measured_claims():
     parts = ("losses", "text", "soups", "small", "neighbors")
-    return [line for part in parts for line in getattr(claims_table, f"claims_of_{part}")()]
+    return [line for part in parts for line in getattr(claims_table, f"claim_{part}")()]
 
 
 def test_the_table_follows_from_the_shipped_scores(table):
@@ -273,7 +274,7 @@ def test_every_claim_has_three_seeds_an_interval_a_verdict_and_a_condition(table
 def test_a_claim_is_shown_where_its_whole_interval_says_so():
     def verdict(low, at_least=0.0):
         found = claims_table.Difference(2.0, low, 3.0, (1.0, 2.0, 3.0))
-        line = claims_table.row("a claim", "a paper", None, found, "more", at_least)
+        line = claims_table.make_claim("a claim", "a paper", None, found, "more", at_least)
         assert line["condition"] == "by seed +1.0, +2.0, +3.0; more"
         return line["shown"]
 
@@ -288,7 +289,7 @@ def test_a_claim_is_shown_where_its_whole_interval_says_so():
 def test_pairing_and_interval_are_those_of_scipy_where_queries_are_drawn(table):
     """One row: the text search that image-only tuning loses. The mean over seeds comes first, then the difference query by
     query; scipy's paired bootstrap of both columns, and its paired t-test, give the same interval."""
-    found = measure_claims.text_models(["0", "1", "2"])
+    found = measure_claims.score_text_models(["0", "1", "2"])
     before, after = (
         np.mean([100 * (result["text"] <= 5) for result in found[name]], axis=0) for name in ("base", "image-only")
     )
@@ -307,7 +308,7 @@ def test_pairing_and_interval_are_those_of_scipy_where_queries_are_drawn(table):
 
 
 def test_an_interval_of_image_search_is_that_of_scipy_over_classes(table):
-    steps, labels = measure_claims.ladder(), gu.load_images("mini", "test").labels
+    steps, labels = measure_claims.score_ladder(), gu.load_images("mini", "test").labels
     means = [
         np.mean([100 * result["image"].astype(float) for result in steps[name]], axis=0)
         for name in ("arcmargin", "margin 0")
@@ -368,7 +369,7 @@ def test_train_all_measures_anew_beside_what_is_shipped_and_replaces_it_in_the_e
     measure_claims.save_results(kept / "tuned.npz", {"a": {"x": np.zeros(2)}, "b": {"x": np.zeros(2)}})
     monkeypatch.setattr(claims_table, "KEPT", kept)
     monkeypatch.setattr(gu, "work_folder", lambda: tmp_path)
-    monkeypatch.setattr(claims_table, "main", lambda: written.append(measure_claims.results_in(kept / "tuned.npz")))
+    monkeypatch.setattr(claims_table, "main", lambda: written.append(measure_claims.read_results(kept / "tuned.npz")))
 
     def train(command, env, check):
         assert command[1:] == [str(gu.DATA / "claims_table.py"), "ladder"] and check

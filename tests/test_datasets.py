@@ -21,8 +21,8 @@ from PIL import Image
 from scipy.io import savemat
 
 import gpnns_utils as gu
-
-ds = gu.datasets
+from gpnns import paper_tables
+from gpnns.images import datasets, downloads, image_set, layouts
 
 
 def picture(path, size=(8, 6), color=(90, 120, 60)):
@@ -40,17 +40,17 @@ def data(tmp_path, monkeypatch):
     """An empty folder of data sets; nothing else is searched, and no request leaves this machine."""
     monkeypatch.setenv("GPNNS_DATA", str(tmp_path / "data"))
     monkeypatch.setenv("GPNNS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(ds, "KAGGLE", tmp_path / "kaggle")
-    monkeypatch.setattr(ds, "PAUSE", 0)
-    urlopen = ds.urllib.request.urlopen
+    monkeypatch.setattr(datasets, "KAGGLE", tmp_path / "kaggle")
+    monkeypatch.setattr(downloads, "PAUSE", 0)
+    urlopen = downloads.urllib.request.urlopen
 
     def here_only(request, **settings):
         url = getattr(request, "full_url", request)
         if not url.startswith("http://127.0.0.1"):
-            raise ds.urllib.error.URLError("there is no network in this test")
+            raise downloads.urllib.error.URLError("there is no network in this test")
         return urlopen(request, **settings)
 
-    monkeypatch.setattr(ds.urllib.request, "urlopen", here_only)
+    monkeypatch.setattr(downloads.urllib.request, "urlopen", here_only)
     return tmp_path / "data"
 
 
@@ -251,7 +251,7 @@ make_coco = make_captions(
 def make_flickr30k(folder):
     parts = [("", "test"), ("", "test"), ("", "val"), ("", "train")]
     counts = make_captions("dataset_flickr30k.json", "flickr30k-images", parts)(folder)
-    for i in range(ds.TABLE["flickr30k"]["unlisted"]):
+    for i in range(datasets.TABLE["flickr30k"]["unlisted"]):
         (folder / "flickr30k-images" / f"unlisted_{i}.jpg").touch()
     return counts
 
@@ -317,7 +317,7 @@ UNED = {  # domain: split file -> (path, classes); only some domains have an ind
 
 
 def make_uned(folder):
-    for domain in ds.TABLE["uned"]["domains"]:
+    for domain in datasets.TABLE["uned"]["domains"]:
         for part, images in UNED.get(domain, UNED["cars"]).items():
             for name, _ in images:
                 name = name if name != "可乐" else "#U53ef#U4e50"  # as some unzip programs write it
@@ -342,23 +342,25 @@ def make_uned_domain(domain):
     return make
 
 
-BUILDERS = {name[5:]: make for name, make in globals().items() if name.startswith("make_") and name[5:] in ds.TABLE}
+BUILDERS = {
+    name[5:]: make for name, make in globals().items() if name.startswith("make_") and name[5:] in datasets.TABLE
+}
 BUILDERS |= {
     "imagenet_a": make_variant("imagenet-a", ["n01498041", "n02007558"]),
     "imagenet_r": make_variant("imagenet-r", ["n01443537", "n02007558"]),
     "imagenet_sketch": make_variant("sketch", ["n01440764", "n15075141"]),
 }
-BUILDERS |= {f"uned_{domain}": make_uned_domain(domain) for domain in ds.TABLE["uned"]["domains"]}
+BUILDERS |= {f"uned_{domain}": make_uned_domain(domain) for domain in datasets.TABLE["uned"]["domains"]}
 
 
 def build(name, data, monkeypatch):
     """Write a data set in small and expect its counts."""
-    splits = BUILDERS[name](data / ds.TABLE[name]["folder"])
+    splits = BUILDERS[name](data / datasets.TABLE[name]["folder"])
     if name == "gpr1200":
         for number in (4, 5, 6, 7, 8, 9):
             picture(data / name / "images" / f"{number}_x.jpg")
         splits = {"test": [18, 12]}
-    monkeypatch.setitem(ds.TABLE[name], "splits", splits)
+    monkeypatch.setitem(datasets.TABLE[name], "splits", splits)
     return splits
 
 
@@ -369,16 +371,16 @@ FILE_FIELDS = {"name", "gives", "url", "size", "md5", "splits", "count", "nested
 
 
 def test_every_data_set_of_the_table_has_a_fixture_here_a_home_a_layout_and_a_metric():
-    assert set(BUILDERS) == set(ds.TABLE)
-    for name, entry in ds.TABLE.items():
-        assert entry["home"].startswith("http") and entry["layout"] in ds.READERS and entry["metric"], name
-        assert {entry["folder"], name} & set(ds.TABLE) and entry["splits"], name
+    assert set(BUILDERS) == set(datasets.TABLE)
+    for name, entry in datasets.TABLE.items():
+        assert entry["home"].startswith("http") and entry["layout"] in layouts.READERS and entry["metric"], name
+        assert {entry["folder"], name} & set(datasets.TABLE) and entry["splits"], name
         if isinstance(entry["marker"], dict):
             assert set(entry["marker"]) == set(entry["splits"]), name
         assert set(entry.get("same_classes", [])) <= set(entry["splits"]), name
         for split in entry["splits"]:
-            for file in ds.files_for(entry, split):
-                assert not ds.is_archive(file["gives"]) and set(file) <= FILE_FIELDS, (name, file)
+            for file in datasets.list_files_for(entry, split):
+                assert not downloads.is_archive(file["gives"]) and set(file) <= FILE_FIELDS, (name, file)
 
 
 @pytest.mark.parametrize("name", BUILDERS)
@@ -408,8 +410,8 @@ def test_a_file_too_many_is_said_with_the_number_expected_and_found(name, data, 
         warnings.simplefilter("error")
         first = Path(gu.load_images(name, split).images[0])
     picture(first.with_name(first.name.replace(".", "9.", 1) if name != "adience" else "a.face.3.x.jpg"))
-    listed = ds.TABLE[name].get("unlisted", 0)
-    if ds.TABLE[name]["layout"] in ("gpr1200", "instre", "adience", "imagenet", "objectnet", "inaturalist2021"):
+    listed = datasets.TABLE[name].get("unlisted", 0)
+    if datasets.TABLE[name]["layout"] in ("gpr1200", "instre", "adience", "imagenet", "objectnet", "inaturalist2021"):
         with pytest.raises(ValueError, match=f"expected {number} images and found {number + 1}"):
             gu.load_images(name, split)
     elif listed == "any":
@@ -422,13 +424,13 @@ def test_a_file_too_many_is_said_with_the_number_expected_and_found(name, data, 
 @pytest.mark.parametrize("name", ["cub", "imagenet", "roxford"])
 def test_the_published_counts_are_expected_of_real_data(name, data):
     BUILDERS[name](data / name)
-    split, (number, *_) = next(iter(ds.TABLE[name]["splits"].items()))
+    split, (number, *_) = next(iter(datasets.TABLE[name]["splits"].items()))
     with pytest.raises(ValueError, match=f"expected {number:,} images and found"):
         gu.load_images(name, split)
 
 
 def test_a_wrong_number_of_classes_is_said_too(data, monkeypatch):
-    monkeypatch.setitem(ds.TABLE["cub"], "splits", make_cub(data / "cub") | {"test": [4, 100]})
+    monkeypatch.setitem(datasets.TABLE["cub"], "splits", make_cub(data / "cub") | {"test": [4, 100]})
     with pytest.raises(ValueError, match="expected 100 classes and found 2 .*98 missing"):
         gu.load_images("cub")
 
@@ -463,8 +465,8 @@ def test_a_misspelt_name_suggests_the_right_one(data):
 )
 def test_a_damaged_list_is_an_error_that_names_the_data_set_or_the_file(name, file, broken, data, monkeypatch):
     splits = build(name, data, monkeypatch)
-    write(data / ds.TABLE[name]["folder"] / file, broken)
-    with pytest.raises(ValueError, match=rf"{Path(file).name}|{ds.TABLE[name]['title'].split(' ')[0]}"):
+    write(data / datasets.TABLE[name]["folder"] / file, broken)
+    with pytest.raises(ValueError, match=rf"{Path(file).name}|{datasets.TABLE[name]['title'].split(' ')[0]}"):
         gu.load_images(name, next(iter(splits)))
 
 
@@ -524,7 +526,7 @@ def test_cars_are_read_from_the_layout_with_two_folders_too(data, monkeypatch):
     savemat(top / "devkit" / "cars_meta.mat", {"class_names": CARS})
     savemat(top / "devkit" / "cars_train_annos.mat", {"annotations": car_list("fname", [1, 99])})
     savemat(top / "cars_test_annos_withlabels.mat", {"annotations": car_list("fname", [98, 196, 196])})
-    monkeypatch.setitem(ds.TABLE["cars"], "splits", {"train": [2, 2], "test": [3, 2]})
+    monkeypatch.setitem(datasets.TABLE["cars"], "splits", {"train": [2, 2], "test": [3, 2]})
     test = gu.load_images("cars", "test")
     assert test.names == ["Maker Model 099 2012", "Maker Model 196 2012"]
     assert [Path(path).parent.name for path in test.images] == ["cars_train", "cars_test", "cars_test"]
@@ -545,7 +547,7 @@ def test_cars_are_read_as_kaggle_nests_them(labels, data, monkeypatch):
     savemat(
         top / "cars_annos.mat", {"annotations": car_list("relative_im_path", [5] * 5, "car_ims/"), "class_names": CARS}
     )
-    monkeypatch.setitem(ds.TABLE["cars"], "splits", {"train": [2, 2], "test": [3, 2]})
+    monkeypatch.setitem(datasets.TABLE["cars"], "splits", {"train": [2, 2], "test": [3, 2]})
     with pytest.raises(ValueError, match="cars_test_annos_withlabels.mat is in neither .*many copies lack it"):
         gu.load_images("cars", "test")
     savemat(top / labels, {"annotations": car_list("fname", [98, 196, 196])})
@@ -566,7 +568,7 @@ def test_cars_are_read_as_pytorch_metric_learning_has_them(data, monkeypatch):
             lines.append(f"{i:05d}.jpg,1,2,30,40,{number}\n")
         write(top / f"anno_{part}.csv", "".join(lines))
     write(top / "names.csv", "\n".join(names) + "\n")
-    monkeypatch.setitem(ds.TABLE["cars"], "splits", {"train": [2, 2], "test": [3, 2]})
+    monkeypatch.setitem(datasets.TABLE["cars"], "splits", {"train": [2, 2], "test": [3, 2]})
     test, train = gu.load_images("cars", "test"), gu.load_images("cars", "train")
     assert test.names == ["Maker C/V 2012", "Maker Model 196 2012"] and train.names == [CARS[0], CARS[97]]
     assert [path.parent.name for path in test.images] == ["Maker C-V 2012", "Maker Model 196 2012", "Maker C-V 2012"]
@@ -613,7 +615,9 @@ def test_flickr_is_read_from_the_lists_of_clip_benchmark_too(data, monkeypatch):
                 f'{part}{i}.jpg,"Go" he says',
             ]
         write(top / f"flickr30k_{part}_karpathy.txt", "\n".join(lines) + "\n")
-    monkeypatch.setitem(ds.TABLE["flickr30k"], "splits", {split: [2] for split in ("train", "validation", "test")})
+    monkeypatch.setitem(
+        datasets.TABLE["flickr30k"], "splits", {split: [2] for split in ("train", "validation", "test")}
+    )
     images = gu.load_images("flickr30k", "validation")
     assert [path.name for path in images.images] == ["val0.jpg", "val1.jpg"]
     assert images.captions[0] == ['Two men, one "tall" , walk .', "A man, walking", '"Go" he says']
@@ -673,7 +677,7 @@ def test_flat_validation_images_get_their_labels_from_the_devkit(data, monkeypat
     write(devkit / "ILSVRC2012_validation_ground_truth.txt", "2\n1\n")
     synsets = np.array([(1, "n15075141"), (2, "n01440764")], dtype=[("ILSVRC2012_ID", object), ("WNID", object)])
     savemat(devkit / "meta.mat", {"synsets": synsets})
-    monkeypatch.setitem(ds.TABLE["imagenet"], "splits", {"train": [], "test": [2, 2]})
+    monkeypatch.setitem(datasets.TABLE["imagenet"], "splits", {"train": [], "test": [2, 2]})
     images = gu.load_images("imagenet")
     assert [path.name[-6] for path in images.images] == ["1", "2"] and list(images.labels) == [0, 999]
 
@@ -684,7 +688,7 @@ def test_a_read_only_folder_of_kaggle_is_found_and_never_written_to(data, tmp_pa
         picture(top / "ILSVRC" / "Data" / "CLS-LOC" / "val" / f"ILSVRC2012_val_{i:08d}.JPEG")
     lines = "ImageId,PredictionString\nILSVRC2012_val_00000001,n15075141 1 2 3 4\nILSVRC2012_val_00000002,n01440764 1 2 3 4 \n"
     write(top / "LOC_val_solution.csv", lines)
-    monkeypatch.setitem(ds.TABLE["imagenet"], "splits", {"train": [], "test": [2, 2]})
+    monkeypatch.setitem(datasets.TABLE["imagenet"], "splits", {"train": [], "test": [2, 2]})
     before = sorted(path for path in (tmp_path / "kaggle").rglob("*"))
     assert list(gu.load_images("imagenet").labels) == [0, 999]
     assert sorted(path for path in (tmp_path / "kaggle").rglob("*")) == before and not data.exists()
@@ -696,7 +700,7 @@ def test_objectnet_keeps_the_classes_of_imagenet_and_cuts_its_red_border(data, m
     assert images.names == ["Bench", "Chair"] and list(images.labels) == [0, 0, 1, 1]
     for image in (images[0], images.subset([3])[0]):
         assert image.size == (8, 6) and set(image.getdata()) == {(0, 0, 255)}
-    assert ds.objectnet_in_imagenet() == {"Bench": [703], "Chair": [423, 559, 765]}
+    assert layouts.map_objectnet_to_imagenet() == {"Bench": [703], "Chair": [423, 559, 765]}
 
 
 def test_captions_are_those_of_karpathys_split_and_at_most_five(data, monkeypatch):
@@ -728,7 +732,7 @@ def test_revisited_ground_truth_reads_alike_from_pickle_and_matlab(kind, data, m
             gnd[i] = tuple(np.array([one[key]]) + (key != "bbx") for key in fields)  # MATLAB counts from 1
         lists = {key: np.array(TRUTH[key], dtype=object) for key in ("imlist", "qimlist")}
         savemat(data / "roxford" / "gnd_roxford5k.mat", lists | {"gnd": gnd})
-    truth = ds.ground_truth("roxford")
+    truth = datasets.load_ground_truth("roxford")
     assert [{key: list(rows) for key, rows in one.items()} for one in truth] == [
         {"easy": [1], "hard": [0], "junk": [2]},
         {"easy": [], "hard": [2], "junk": []},
@@ -736,7 +740,7 @@ def test_revisited_ground_truth_reads_alike_from_pickle_and_matlab(kind, data, m
     gallery = gu.load_images("roxford", "gallery")
     assert [path.stem for path in gallery.images] == TRUTH["imlist"]
     eye = np.eye(4, dtype=np.float32)
-    protocol = gu.tables.revisited_map
+    protocol = paper_tables.score_revisited
     assert protocol(eye[[1, 2]], eye[:3], truth, "easy").mean == protocol(eye[[1, 2]], eye[:3], truth, "hard").mean == 1
 
 
@@ -752,7 +756,7 @@ def test_a_crop_is_taken_before_the_picture_is_turned_upright_and_changes_the_ca
     exif[0x0112] = 6  # taken with the camera turned
     picture(tmp_path / "a.png", size=(8, 6))
     Image.new("RGB", (8, 6)).save(tmp_path / "turned.jpg", exif=exif)
-    assert gu.datasets.open_image(tmp_path / "turned.jpg", (0, 0, 4, 2)).size == (2, 4)
+    assert image_set.open_image(tmp_path / "turned.jpg", (0, 0, 4, 2)).size == (2, 4)
     whole = gu.ImageSet("a", [tmp_path / "a.png"])
     part = gu.ImageSet("a", [tmp_path / "a.png"], crops=np.array([[0, 0, 4, 99]]))
     assert part[0].size == (4, 6), "a box that leaves the picture ends at its edge"
@@ -777,14 +781,14 @@ def test_ground_truth_of_landmarks_and_of_sets_with_query_and_gallery(data, monk
         build(name, data, monkeypatch)
 
     def easy(name):
-        return [list(one["easy"]) for one in ds.ground_truth(name)]
+        return [list(one["easy"]) for one in datasets.load_ground_truth(name)]
 
     assert easy("gldv2") == [[0, 2], [1]] and easy("in_shop") == [[0, 1]]
     assert easy("uned_gldv2") == [[0, 1]], "an image of two landmarks finds both"
     assert easy("uned_cars") == [[1], [0]], "where the gallery holds the queries, none finds itself"
-    assert [list(one["junk"]) for one in ds.ground_truth("uned_cars")] == [[0], [1]]
+    assert [list(one["junk"]) for one in datasets.load_ground_truth("uned_cars")] == [[0], [1]]
     with pytest.raises(ValueError, match="CUB-200-2011 has no query and gallery splits"):
-        ds.ground_truth("cub")
+        datasets.load_ground_truth("cub")
 
 
 def test_landmarks_train_from_the_lists_of_kaggle_too(data, monkeypatch):
@@ -805,7 +809,7 @@ def test_uned_merges_its_domains_and_keeps_them_apart_as_groups(data, monkeypatc
     build("uned", data, monkeypatch)
     build("uned_rp2k", data, monkeypatch)
     images = gu.load_images("uned", "query")
-    assert list(dict.fromkeys(images.groups)) == ds.TABLE["uned"]["domains"]
+    assert list(dict.fromkeys(images.groups)) == datasets.TABLE["uned"]["domains"]
     pairs = {(group, images.names[label].split()[0]) for group, label in zip(images.groups, images.labels, strict=True)}
     assert all(group == domain for group, domain in pairs)
     assert {path.stem for path in gu.load_images("uned_rp2k", "query").images} == {"n", "#U53ef#U4e50"}
@@ -814,7 +818,7 @@ def test_uned_merges_its_domains_and_keeps_them_apart_as_groups(data, monkeypatc
 
 def test_several_folders_of_data_are_searched_in_order(data, tmp_path, monkeypatch):
     splits = make_cub(tmp_path / "second" / "cub")
-    monkeypatch.setitem(ds.TABLE["cub"], "splits", splits)
+    monkeypatch.setitem(datasets.TABLE["cub"], "splits", splits)
     monkeypatch.setenv("GPNNS_DATA", f"{data}{os.pathsep}{tmp_path / 'second'}")
     assert tmp_path / "second" in gu.load_images("cub").images[0].parents
     make_cub(data / "cub")
@@ -823,16 +827,16 @@ def test_several_folders_of_data_are_searched_in_order(data, tmp_path, monkeypat
 
 def test_the_overview_lists_every_data_set_and_where_it_was_found(data, monkeypatch):
     build("cub", data, monkeypatch)
-    rows = {row["name"]: row for row in ds.overview()}
-    assert set(rows) == set(ds.TABLE)
+    rows = {row["name"]: row for row in datasets.list_datasets()}
+    assert set(rows) == set(datasets.TABLE)
     assert rows["cub"]["found"] == str(data / "cub" / "CUB_200_2011") and rows["cub"]["get"] == "downloaded"
     assert rows["objectnet"]["found"] == "not found" and rows["objectnet"]["get"] == "by hand"
 
 
 def test_the_readme_has_a_row_for_each_data_set_that_agrees_with_the_table(data):
     lines = (gu.DATA / "README.md").read_text(encoding="utf-8").splitlines()
-    for row in ds.overview():
-        entry = ds.TABLE[row["name"]]
+    for row in datasets.list_datasets():
+        entry = datasets.TABLE[row["name"]]
         if "like" in entry:
             assert any(f"`{row['name']}`" in line for line in lines), row["name"]
             continue
@@ -889,19 +893,19 @@ def author_archive(archive, whole, file, flat):
 
 
 @pytest.mark.parametrize("flat", [False, True], ids=["folder", "flat"])
-@pytest.mark.parametrize("name", [name for name in BUILDERS if ds.TABLE[name].get("files")])
+@pytest.mark.parametrize("name", [name for name in BUILDERS if datasets.TABLE[name].get("files")])
 def test_each_data_set_is_read_from_its_archives(name, flat, server, data, tmp_path, monkeypatch):
     """Those without a login come from the test's server, the others lie in the data set's folder as they were got."""
     splits = build(name, tmp_path / "built", monkeypatch)
-    whole, place = tmp_path / "built" / ds.TABLE[name]["folder"], data / ds.TABLE[name]["folder"]
+    whole, place = tmp_path / "built" / datasets.TABLE[name]["folder"], data / datasets.TABLE[name]["folder"]
     files = []
-    for file in ds.TABLE[name]["files"]:
+    for file in datasets.TABLE[name]["files"]:
         file = {key: value for key, value in file.items() if key != "md5" and key != "size"}
         file |= {"count": 1} if "count" in file else {}
-        first = next(ds.files_for({"files": [file], "splits": splits}, file.get("splits", list(splits))[0]))
+        first = next(datasets.list_files_for({"files": [file], "splits": splits}, file.get("splits", list(splits))[0]))
         served = f"{len(files)}_{first['name']}"
         packed = tmp_path / "packed" / served
-        if ds.is_archive(first["name"]):
+        if downloads.is_archive(first["name"]):
             author_archive(packed, whole, first, flat)
         elif (whole / first["name"]).is_dir():
             shutil.copytree(whole / first["name"], place / first["name"])
@@ -915,7 +919,7 @@ def test_each_data_set_is_read_from_its_archives(name, flat, server, data, tmp_p
             place.mkdir(parents=True, exist_ok=True)
             shutil.copy(packed, place / first["name"])
         files.append(file)
-    monkeypatch.setitem(ds.TABLE[name], "files", files)
+    monkeypatch.setitem(datasets.TABLE[name], "files", files)
     for split, (number, *_) in splits.items():
         assert len(gu.load_images(name, split)) == number
     asked = len(server.asked)
@@ -923,13 +927,13 @@ def test_each_data_set_is_read_from_its_archives(name, flat, server, data, tmp_p
 
 
 def test_archives_put_there_by_hand_are_unpacked_once_and_kept(data, tmp_path, monkeypatch):
-    monkeypatch.setitem(ds.TABLE["in_shop"], "splits", make_in_shop(tmp_path / "whole"))
+    monkeypatch.setitem(datasets.TABLE["in_shop"], "splits", make_in_shop(tmp_path / "whole"))
     pack(data / "in_shop" / "img.zip", tmp_path / "whole" / "Img")
     (data / "in_shop" / "list_eval_partition.txt").write_bytes(
         (tmp_path / "whole" / "Eval" / "list_eval_partition.txt").read_bytes()
     )
     assert len(gu.load_images("in_shop", "gallery")) == 2 and (data / "in_shop" / "img.zip").exists()
-    monkeypatch.setattr(ds, "unpack", lambda *a: pytest.fail("it was unpacked already"))
+    monkeypatch.setattr(downloads, "unpack_archive", lambda *a: pytest.fail("it was unpacked already"))
     assert len(gu.load_images("in_shop", "query")) == 1
 
 
@@ -947,9 +951,9 @@ def test_the_training_set_of_imagenet_is_a_tar_of_tars(data, tmp_path, monkeypat
     for sub in (tmp_path / "whole" / "train").iterdir():
         pack(tmp_path / "tars" / f"{sub.name}.tar", sub)
     pack(data / "imagenet" / "ILSVRC2012_img_train.tar", tmp_path / "tars")
-    files = [ds.TABLE["imagenet"]["files"][0] | {"md5": None}]
-    monkeypatch.setitem(ds.TABLE["imagenet"], "files", files)
-    monkeypatch.setitem(ds.TABLE["imagenet"], "splits", {"train": [3, 3], "test": []})
+    files = [datasets.TABLE["imagenet"]["files"][0] | {"md5": None}]
+    monkeypatch.setitem(datasets.TABLE["imagenet"], "files", files)
+    monkeypatch.setitem(datasets.TABLE["imagenet"], "splits", {"train": [3, 3], "test": []})
     images = gu.load_images("imagenet", "train")
     assert list(images.labels) == [0, 1, 999] and not list((data / "imagenet" / "train").glob("*.tar"))
 
@@ -960,11 +964,11 @@ def test_parts_in_a_folder_that_cannot_be_written_are_linked_not_copied_or_fetch
     before = sorted((tmp_path / "shelf").rglob("*"))
     monkeypatch.setenv("GPNNS_DATA", f"{tmp_path / 'shelf'}{os.pathsep}{data}")
     access = os.access
-    monkeypatch.setattr(ds.os, "access", lambda path, mode: "shelf" not in str(path) and access(path, mode))
+    monkeypatch.setattr(datasets.os, "access", lambda path, mode: "shelf" not in str(path) and access(path, mode))
     with pytest.raises(ConnectionError, match=r"could not download https://www.robots.ox.ac.uk/.*/setid.mat"):
         gu.load_images("flowers")
     (tmp_path / "setid.mat").rename(data / "flowers" / "setid.mat")
-    monkeypatch.setitem(ds.TABLE["flowers"], "splits", {"train": [2], "validation": [1], "test": [3]})
+    monkeypatch.setitem(datasets.TABLE["flowers"], "splits", {"train": [2], "validation": [1], "test": [3]})
     assert len(gu.load_images("flowers")) == 3 and (data / "flowers" / "jpg").is_symlink()
     assert sorted((tmp_path / "shelf").rglob("*")) == before
 
@@ -1000,7 +1004,7 @@ def tar_with(path, name, link=None, kind=tarfile.REGTYPE):
 def test_a_tar_that_leads_outside_its_folder_is_refused_and_nothing_is_left(name, link, kind, tmp_path):
     tar_with(tmp_path / "evil.tar", name, link, kind)
     with pytest.raises(ValueError, match=r"evil.tar holds .*(a path outside its folder|a link or device)"):
-        ds.unpack(tmp_path / "evil.tar", tmp_path / "deep" / "target")
+        downloads.unpack_archive(tmp_path / "evil.tar", tmp_path / "deep" / "target")
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["deep", "evil.tar"]
 
 
@@ -1013,7 +1017,7 @@ def test_a_zip_that_leads_outside_its_folder_is_refused_and_nothing_is_left(name
         packed.writestr("good.jpg", b"good")
         packed.writestr(member, b"/etc/passwd")
     with pytest.raises(ValueError, match=r"evil.zip holds .*(a path outside its folder|a link or device)"):
-        ds.unpack(tmp_path / "evil.zip", tmp_path / "deep" / "target")
+        downloads.unpack_archive(tmp_path / "evil.zip", tmp_path / "deep" / "target")
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["deep", "evil.zip"]
 
 
@@ -1028,7 +1032,7 @@ def test_a_damaged_archive_is_an_error_and_leaves_nothing(suffix, tmp_path):
     for broken in (whole[: len(whole) // 2], b"<!doctype html><p>please log in</p>", b""):
         archive.write_bytes(broken)
         with pytest.raises(ValueError, match=rf"x.{suffix} cannot be unpacked .*get it again"):
-            ds.unpack(archive, tmp_path / "out")
+            downloads.unpack_archive(archive, tmp_path / "out")
         assert sorted(path.name for path in tmp_path.iterdir()) == ["in", archive.name]
 
 
@@ -1038,7 +1042,7 @@ def test_a_full_disk_while_downloading_says_so_and_keeps_what_came(server, tmp_p
 
     monkeypatch.setattr(gu.Progress, "update", full)  # the first block was written
     with pytest.raises(OSError, match=r"could not write .*No space left on device.*1,048,576 bytes are kept in"):
-        ds.download([server.url], tmp_path / "a.bin")
+        downloads.download([server.url], tmp_path / "a.bin")
 
 
 def test_a_zip_with_a_password_is_an_error(tmp_path):
@@ -1049,7 +1053,7 @@ def test_a_zip_with_a_password_is_an_error(tmp_path):
     content[content.index(b"PK\x01\x02") + 8] |= 1
     (tmp_path / "x.zip").write_bytes(content)
     with pytest.raises(ValueError, match=r"x.zip cannot be unpacked .*password"):
-        ds.unpack(tmp_path / "x.zip", tmp_path / "out")
+        downloads.unpack_archive(tmp_path / "x.zip", tmp_path / "out")
 
 
 def test_a_killed_unpacking_leaves_no_half_data_set(tmp_path, monkeypatch):
@@ -1059,11 +1063,11 @@ def test_a_killed_unpacking_leaves_no_half_data_set(tmp_path, monkeypatch):
     pack(tmp_path / "x.tar", tmp_path / "in")
     monkeypatch.setattr(tarfile.TarFile, "extract", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        ds.unpack(tmp_path / "x.tar", tmp_path / "out")
+        downloads.unpack_archive(tmp_path / "x.tar", tmp_path / "out")
     monkeypatch.undo()
     (tmp_path / ".out.unpacking").mkdir()  # as a process leaves it that could not clean up
     (tmp_path / ".out.unpacking" / "old.jpg").touch()
-    ds.unpack(tmp_path / "x.tar", tmp_path / "out")
+    downloads.unpack_archive(tmp_path / "x.tar", tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0.jpg", "1.jpg", "2.jpg"]
     assert not (tmp_path / ".out.unpacking").exists()
 
@@ -1073,10 +1077,10 @@ def test_a_full_disk_while_unpacking_says_so(tmp_path, monkeypatch):
     (tmp_path / "in" / "a.jpg").write_bytes(b"x")
     pack(tmp_path / "x.zip", tmp_path / "in")
     monkeypatch.setattr(
-        ds.shutil, "copyfileobj", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+        downloads.shutil, "copyfileobj", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device"))
     )
     with pytest.raises(OSError, match=r"could not write .*No space left.*nothing of x.zip was kept"):
-        ds.unpack(tmp_path / "x.zip", tmp_path / "out")
+        downloads.unpack_archive(tmp_path / "x.zip", tmp_path / "out")
 
 
 # --- downloads, from a server in this process ---
@@ -1136,84 +1140,84 @@ MD5 = hashlib.md5(CONTENT).hexdigest()
 
 
 def test_a_download_is_checked_and_appears_complete(server, tmp_path):
-    path = ds.download([server.url], tmp_path / "a.bin", len(CONTENT), MD5)
+    path = downloads.download([server.url], tmp_path / "a.bin", len(CONTENT), MD5)
     assert path.read_bytes() == CONTENT and [p.name for p in tmp_path.iterdir()] == ["a.bin"]
 
 
 def test_a_connection_that_breaks_is_taken_up_where_it_broke(server, tmp_path):
     server.cuts = [1_100_000, 1_100_000]
-    assert ds.download([server.url], tmp_path / "a.bin", None, MD5).read_bytes() == CONTENT
+    assert downloads.download([server.url], tmp_path / "a.bin", None, MD5).read_bytes() == CONTENT
     assert [asked for _, asked in server.asked] == [None, "bytes=1100000-", "bytes=2200000-"]
 
 
 def test_a_download_goes_on_after_a_restart_of_python(server, tmp_path, monkeypatch):
     server.cuts = [1_000_000]
-    monkeypatch.setattr(ds.time, "sleep", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(downloads.time, "sleep", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        ds.download([server.url], tmp_path / "a.bin", None, MD5)
+        downloads.download([server.url], tmp_path / "a.bin", None, MD5)
     assert not (tmp_path / "a.bin").exists() and (tmp_path / "a.bin.part").stat().st_size == 1_000_000
-    assert ds.download([server.url], tmp_path / "a.bin", None, MD5).read_bytes() == CONTENT
+    assert downloads.download([server.url], tmp_path / "a.bin", None, MD5).read_bytes() == CONTENT
     assert server.asked[-1][1] == "bytes=1000000-"
 
 
 def test_a_server_that_ignores_range_starts_again_and_still_ends_right(server, tmp_path):
     server.cuts, server.ranges = [1_000_000], False
-    assert ds.download([server.url], tmp_path / "a.bin", None, MD5).read_bytes() == CONTENT
+    assert downloads.download([server.url], tmp_path / "a.bin", None, MD5).read_bytes() == CONTENT
     assert server.asked == [("a.bin", None), ("a.bin", "bytes=1000000-")]
 
 
 def test_a_file_that_changed_meanwhile_is_fetched_anew(server, tmp_path):
     (tmp_path / "a.bin.part").write_bytes(b"old" * 1000)
     (tmp_path / "a.bin.part.tag").write_text('"another file"')
-    assert ds.download([server.url], tmp_path / "a.bin").read_bytes() == CONTENT
+    assert downloads.download([server.url], tmp_path / "a.bin").read_bytes() == CONTENT
 
 
 def test_without_a_tag_nothing_is_glued_to_bytes_of_unknown_origin(server, tmp_path):
     server.tags = False
     (tmp_path / "a.bin.part").write_bytes(b"unknown")
-    assert ds.download([server.url], tmp_path / "a.bin").read_bytes() == CONTENT
+    assert downloads.download([server.url], tmp_path / "a.bin").read_bytes() == CONTENT
     assert server.asked == [("a.bin", None)]
 
 
 def test_a_complete_part_needs_no_more_bytes(server, tmp_path):
     (tmp_path / "a.bin.part").write_bytes(CONTENT)
     (tmp_path / "a.bin.part.tag").write_text(f'"{MD5}"')
-    assert ds.download([server.url], tmp_path / "a.bin", len(CONTENT), MD5).read_bytes() == CONTENT
+    assert downloads.download([server.url], tmp_path / "a.bin", len(CONTENT), MD5).read_bytes() == CONTENT
     (tmp_path / "a.bin.part").write_bytes(CONTENT + b"more")
     (tmp_path / "a.bin.part.tag").write_text(f'"{MD5}"')
-    assert ds.download([server.url], tmp_path / "b" / ".." / "a.bin", len(CONTENT), MD5).read_bytes() == CONTENT
+    assert downloads.download([server.url], tmp_path / "b" / ".." / "a.bin", len(CONTENT), MD5).read_bytes() == CONTENT
 
 
 def test_a_wrong_checksum_is_said_and_the_wrong_bytes_are_removed(server, tmp_path):
     with pytest.raises(ValueError, match=f"checksum {MD5}, expected {'0' * 32}"):
-        ds.download([server.url], tmp_path / "a.bin", None, "0" * 32)
+        downloads.download([server.url], tmp_path / "a.bin", None, "0" * 32)
     assert not list(tmp_path.glob("a.bin*"))
 
 
 def test_a_wrong_size_is_said_before_anything_is_fetched(server, tmp_path):
     with pytest.raises(ValueError, match="has 3,000,000 bytes, expected 5: the file was changed"):
-        ds.download([server.url], tmp_path / "a.bin", 5)
+        downloads.download([server.url], tmp_path / "a.bin", 5)
     assert not (tmp_path / "a.bin").exists()
 
 
 def test_the_next_url_is_tried_when_the_first_has_nothing(server, tmp_path):
     gone = server.url.replace("a.bin", "gone.bin")
-    assert ds.download([gone, server.url], tmp_path / "a.bin", None, MD5).read_bytes() == CONTENT
+    assert downloads.download([gone, server.url], tmp_path / "a.bin", None, MD5).read_bytes() == CONTENT
     assert [path for path, _ in server.asked] == ["gone.bin", "a.bin"]
 
 
 def test_a_file_that_is_gone_is_asked_for_once_and_a_server_in_trouble_several_times(server, tmp_path):
     with pytest.raises(ConnectionError, match=r"could not download .*gone.bin .*get the file elsewhere and save it as"):
-        ds.download([server.url.replace("a.bin", "gone.bin")], tmp_path / "gone.bin")
+        downloads.download([server.url.replace("a.bin", "gone.bin")], tmp_path / "gone.bin")
     assert len(server.asked) == 1
     server.status = 503
     with pytest.raises(ConnectionError, match="could not download"):
-        ds.download([server.url], tmp_path / "a.bin")
-    assert len(server.asked) == 1 + ds.TRIES
+        downloads.download([server.url], tmp_path / "a.bin")
+    assert len(server.asked) == 1 + downloads.TRIES
 
 
 def test_without_network_one_sentence_says_what_to_do(data, monkeypatch):
-    monkeypatch.setattr(ds, "TRIES", 1)
+    monkeypatch.setattr(downloads, "TRIES", 1)
     with pytest.raises(ConnectionError) as error:
         gu.load_images("gpr1200")
     message = str(error.value)
@@ -1222,21 +1226,21 @@ def test_without_network_one_sentence_says_what_to_do(data, monkeypatch):
 
 def test_a_disk_without_room_is_said_before_the_download(server, tmp_path, monkeypatch):
     usage = types.SimpleNamespace(free=1_000_000, total=0, used=0)
-    monkeypatch.setattr(ds.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(downloads.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(OSError, match=r"a.bin needs 3 MB and .* has 1 MB free; set GPNNS_DATA to a larger disk"):
-        ds.download([server.url], tmp_path / "a.bin")
+        downloads.download([server.url], tmp_path / "a.bin")
 
 
 def serve(name, archives, server, monkeypatch, splits):
     """Offer a data set's files on the test's server, as the table describes them."""
     files = []
-    for file in ds.TABLE[name]["files"]:
+    for file in datasets.TABLE[name]["files"]:
         content = archives[file["name"]]
         server.files[file["name"]] = content
         url = [server.url.replace("a.bin", file["name"])]
         files.append(file | {"url": url, "md5": hashlib.md5(content).hexdigest()})
-    monkeypatch.setitem(ds.TABLE[name], "files", files)
-    monkeypatch.setitem(ds.TABLE[name], "splits", splits)
+    monkeypatch.setitem(datasets.TABLE[name], "files", files)
+    monkeypatch.setitem(datasets.TABLE[name], "splits", splits)
 
 
 def test_a_data_set_that_is_nowhere_is_downloaded_once_with_its_licence_said(
@@ -1274,8 +1278,8 @@ def test_numbered_archives_are_all_needed_before_a_split_counts_as_there(server,
     base = server.url.removesuffix("a.bin")
     numbered = {"name": "images_{:03d}.tar", "gives": "index/images_{:03d}", "count": 2, "splits": ["gallery"]}
     files = [{"name": table.name, "url": [base + "index.csv"]}, numbered | {"url": [base + "images_{:03d}.tar"]}]
-    monkeypatch.setitem(ds.TABLE["gldv2"], "files", files)
-    monkeypatch.setitem(ds.TABLE["gldv2"], "splits", {"gallery": [3, 2]})
+    monkeypatch.setitem(datasets.TABLE["gldv2"], "files", files)
+    monkeypatch.setitem(datasets.TABLE["gldv2"], "splits", {"gallery": [3, 2]})
     for _ in range(2):  # the first archive is there, the second is not: it goes on, and does not load the half
         with pytest.raises(ConnectionError, match=r"images_001.tar"):
             gu.load_images("gldv2", "gallery")
@@ -1308,7 +1312,7 @@ def test_webdataset_tars_are_unpacked_once_into_the_cache(cache, tmp_path, monke
     images = gu.load_images(tmp_path / "shards", "train")
     assert images.names == ["02", "10"] and sorted(images.labels) == [0, 0, 1], "2 comes before 10"
     assert images.captions[0] == ["caption of 0"] and images[2].getpixel((0, 0))[0] > 60
-    monkeypatch.setattr(ds, "unpack", lambda *a: pytest.fail("it was unpacked already"))
+    monkeypatch.setattr(downloads, "unpack_archive", lambda *a: pytest.fail("it was unpacked already"))
     assert gu.load_images(tmp_path / "shards" / "train" / "00000.tar").images == images.images
 
 

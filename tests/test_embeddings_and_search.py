@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import gpnns_utils as gu
+from gpnns import training_data, training_loop
+from gpnns.images import decoding
 
 
 def test_embeddings_are_float32_unit_rows_in_the_order_of_the_images(world, cache):
@@ -30,9 +32,9 @@ def test_embeddings_are_float32_unit_rows_in_the_order_of_the_images(world, cach
 
 def test_worker_processes_change_nothing(folder, cache, monkeypatch):
     encoder = gu.load_encoder("mini", "cpu")
-    assert gu.datasets.decoders(gu.load_images(folder)) == 0, "so few are decoded here"
+    assert decoding.count_decoders(gu.load_images(folder)) == 0, "so few are decoded here"
     direct = gu.embed_images(encoder, gu.load_images(folder), cache=False)
-    monkeypatch.setattr(gu.datasets, "decoders", lambda images: 2)
+    monkeypatch.setattr(decoding, "count_decoders", lambda images: 2)
     np.testing.assert_array_equal(gu.embed_images(encoder, gu.load_images(folder), cache=False), direct)
 
 
@@ -54,16 +56,16 @@ def read_with_little(folder, out):
 
     images, encoder = many_files(folder), gu.load_encoder("efficientnet_lite0", "cpu")
     images.labels = np.arange(len(images)) % 8
-    data = gu.training.TrainingImages(images, encoder.preprocess)
-    gu.datasets.decoders = lambda images: 8
+    data = training_data.TrainingImages(images, encoder.preprocess)
+    decoding.count_decoders = lambda images: 8
     gu.run_tower = lambda encoder, tower, batch: gu.unit_rows(batch.flatten(1)[:, ::1000].numpy())
     encoder.dim = 151
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
     resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128))
     vectors = gu.embed_images(encoder, images, batch_size=64, cache=False)
     draws = [[(0, row) for row in range(start, start + 64)] for start in range(0, 256, 64)]
-    repeatable = gu.training.Repeatable(data, 0)
-    batches = list(gu.datasets.from_workers(repeatable, draws, 8, gu.training.as_arrays))
+    repeatable = training_loop.Repeatable(data, 0)
+    batches = list(decoding.read_in_workers(repeatable, draws, 8, training_loop.to_arrays))
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     for start in range(64):
         np.testing.assert_array_equal(batches[start % 4][start][1][0], data[64 * (start % 4) + start][0])
@@ -99,23 +101,23 @@ class Numbers(torch.utils.data.Dataset):
 def test_workers_that_are_lost_are_replaced_by_fewer_and_nothing_is_lost_or_twice(error):
     rows = [list(range(start, start + 5)) for start in range(0, 50, 5)]
     with pytest.warns(UserWarning, match="going on with this one alone.*--shm-size") as caught:
-        batches = list(gu.datasets.from_workers(Numbers((31,), error), iter(rows), 4, np.array))
+        batches = list(decoding.read_in_workers(Numbers((31,), error), iter(rows), 4, np.array))
     ours = [str(one.message)[0] for one in caught if "could not go on" in str(one.message)]
     assert ours == ["4", "2", "1"]
     np.testing.assert_array_equal(np.concatenate(batches), np.arange(50) ** 2)
 
 
 def test_workers_that_cannot_be_started_are_done_without(monkeypatch):
-    loader = gu.datasets.DataLoader
+    loader = decoding.DataLoader
 
     def no_semaphores(*given, num_workers, **settings):
         if num_workers:
             raise OSError(38, "Function not implemented")  # what Python says where there is no /dev/shm
         return loader(*given, num_workers=num_workers, **settings)
 
-    monkeypatch.setattr(gu.datasets, "DataLoader", no_semaphores)
+    monkeypatch.setattr(decoding, "DataLoader", no_semaphores)
     with pytest.warns(UserWarning, match="Function not implemented.*docker run --shm-size"):
-        batches = list(gu.datasets.from_workers(Numbers(), [[1, 2], [3]], 2, list))
+        batches = list(decoding.read_in_workers(Numbers(), [[1, 2], [3]], 2, list))
     assert batches == [[1, 4], [9]]
 
 
@@ -123,9 +125,9 @@ def test_an_error_of_an_image_is_no_reason_to_change_the_workers():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(RuntimeError, match="a wrong size"):
-            list(gu.datasets.from_workers(Numbers((3,), RuntimeError("a wrong size")), [[1, 2], [3]], 2, list))
+            list(decoding.read_in_workers(Numbers((3,), RuntimeError("a wrong size")), [[1, 2], [3]], 2, list))
         with pytest.raises(OSError, match="Too many open files"):
-            list(gu.datasets.from_workers(AlwaysShort(), [[1]], 0, list))
+            list(decoding.read_in_workers(AlwaysShort(), [[1]], 0, list))
 
 
 class Stops(torch.utils.data.Dataset):
@@ -136,7 +138,7 @@ class Stops(torch.utils.data.Dataset):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_no_batch_is_lost_when_an_item_or_the_batches_stop_early(workers):
     with pytest.raises((ValueError, RuntimeError), match="StopIteration"):
-        list(gu.datasets.from_workers(Stops(), [[i, i + 1] for i in range(0, 20, 2)], workers, list))
+        list(decoding.read_in_workers(Stops(), [[i, i + 1] for i in range(0, 20, 2)], workers, list))
 
     def batches():
         yield [1]
@@ -145,7 +147,7 @@ def test_no_batch_is_lost_when_an_item_or_the_batches_stop_early(workers):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*could not go on")
         with pytest.raises(OSError, match="the list cannot be read"):
-            list(gu.datasets.from_workers(Numbers(), batches(), workers, list))
+            list(decoding.read_in_workers(Numbers(), batches(), workers, list))
 
 
 class AlwaysShort(torch.utils.data.Dataset):
@@ -586,7 +588,7 @@ def most_memory(work) -> float:
 def work_on_mapped_rows(folder, rows: int) -> None:
     mapped = np.memmap(folder / "rows.bin", np.float16, "r", shape=(rows, 128))
     random = np.random.default_rng(0)
-    queries = gu.checks.unit_rows(random.normal(size=(20, 128)))
+    queries = gu.unit_rows(random.normal(size=(20, 128)))
     gu.search(queries, mapped[:1000], 5), gu.hub_bias(mapped[:1000], queries, 5)  # what libraries take at first
     print(most_memory(lambda: gu.search(queries, mapped, 5, bias=np.zeros(rows))))
     print(most_memory(lambda: gu.hub_bias(mapped, queries, 5)))

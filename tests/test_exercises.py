@@ -17,7 +17,7 @@ import gpnns_utils as gu
 FOLDER = gu.HERE / "notebooks"
 PATHS = sorted(FOLDER.glob("[0-9][0-9]_*.ipynb"))
 ids = [path.stem for path in PATHS]
-RUN = load_module(FOLDER / "run.py")
+RUN = load_module(FOLDER / "gpnns" / "tools" / "run.py")
 
 
 def read(path):
@@ -51,7 +51,7 @@ def test_every_notebook_has_its_solution_and_no_solution_stands_alone():
 def test_a_notebook_is_its_solution_without_the_answers(path):
     solved = [cell for cell in read(solution_of(path)) if not is_answer(cell)]
     own = [(name, kind, RUN.in_solutions(source), tags) for name, kind, source, tags in sources(read(path))]
-    assert own == sources(solved), "run `python notebooks/run.py --solutions`"
+    assert own == sources(solved), "run `python -m gpnns.tools.run --solutions`"
     assert not any(is_answer(cell) for cell in read(path))
 
 

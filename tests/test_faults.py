@@ -31,6 +31,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import gpnns_utils as gu
+from gpnns import losses, parameters, training_loop
+from gpnns.encoders import checkpoints
+from gpnns.images import downloads
 
 CASES, SEED, SECONDS = 1000, 20, 20  # cases in all, their seed, and how long one may take before it counts as hanging
 KINDS = ("broken", "empty", "cut", "wrong type", "wrong shape", "wrong encoding", "wrong order", "too large")
@@ -543,7 +546,7 @@ def unpack(folder, name):
     """What lies in the target afterwards; nothing else may have been written anywhere."""
     before = {path for path in folder.rglob("*")}
     try:
-        gu.datasets.unpack(folder / name, folder / "here" / "target")
+        downloads.unpack_archive(folder / name, folder / "here" / "target")
     except Exception:
         left = {path for path in folder.rglob("*")} - before - {folder / "here"}
         assert not left, f"{left} is left behind"
@@ -1156,7 +1159,7 @@ def _(rng, folder):
     files[0].unlink()
     os.mkfifo(files[0])
     if rng.random() < 0.5:
-        return lambda: gu.load_checkpoint(files[0]), Refused(files[0].name, "is no regular file")
+        return lambda: checkpoints.load_checkpoint(files[0]), Refused(files[0].name, "is no regular file")
     kept = [str(file) for file in files[1:]]
     return lambda: embedded(folder)[0], Value(kept, "1 of 6 images cannot be read", files[0].name)
 
@@ -1180,7 +1183,7 @@ def _(rng, folder):
         ],
     )
     settings = {"groups": [{"params": [], "lr": 0.1}]} | settings
-    return lambda: gu.training.fit(None, None, folder, **settings), Refused(*words)
+    return lambda: training_loop.fit(None, None, folder, **settings), Refused(*words)
 
 
 @fault("wrong shape", "settings")
@@ -1195,13 +1198,13 @@ def _(rng, folder):
             ({"start": np.zeros((4, 8))}, ("start has the shape (4, 8), not (5, 8)",)),
         ],
     )
-    return lambda: gu.training.ArcMargin(**{"dim": 8, "classes": 5} | arguments), Refused(*words)
+    return lambda: losses.ArcMargin(**{"dim": 8, "classes": 5} | arguments), Refused(*words)
 
 
 @fault("too large", "settings")
 def _(rng, folder):
     wrong, sampled = int(pick(rng, (-1, 5, 100))), pick(rng, (None, 2))
-    loss = gu.training.ArcMargin(8, 5, sampled=sampled)
+    loss = losses.ArcMargin(8, 5, sampled=sampled)
     return lambda: loss(torch.randn(2, 8), torch.tensor([0, wrong])), Refused("labels go from 0 to 4", str(wrong))
 
 
@@ -1317,12 +1320,12 @@ def downloaded(folder, content, true, breaks=()):
         server = ThreadingHTTPServer(("127.0.0.1", 0), Once)
         server.content, server.breaks, server.handle_error = content, list(breaks), lambda *_: None
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-        gu.datasets.PAUSE = 0.0
+        downloads.PAUSE = 0.0
         try:
             url, md5 = f"http://127.0.0.1:{server.server_port}/list.bin", hashlib.md5(true).hexdigest()
-            return gu.datasets.download([url], folder / "list.bin", len(true), md5).read_bytes()
+            return downloads.download([url], folder / "list.bin", len(true), md5).read_bytes()
         finally:
-            gu.datasets.PAUSE = 3.0
+            downloads.PAUSE = 3.0
             assert not (folder / "list.bin").exists() or (folder / "list.bin").read_bytes() == true
             server.shutdown()
             server.server_close()
@@ -1371,7 +1374,7 @@ def parameter_case(name, given, expected):
     notebook = "01_search_images" if name == "k" else "02_benchmark_encoders"
     defaults = yaml.safe_load((gu.HERE / "notebooks" / "profiles" / "mini.yml").read_text(encoding="utf-8"))
     given_too = defaults["notebooks"][notebook] | {"profile": "mini", name: given}
-    return lambda: gu.take_parameters(notebook, given_too)[name], expected
+    return lambda: parameters.take_parameters(notebook, given_too)[name], expected
 
 
 @fault("broken", "parameter")

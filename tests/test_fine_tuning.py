@@ -26,6 +26,9 @@ from torchvision import transforms
 from train_small import save_random, train_small
 
 import gpnns_utils as gu
+from gpnns import evaluation, losses, training, training_data, training_loop
+from gpnns.encoders import checkpoints, heads
+from gpnns.images import image_set, splitting
 
 
 def tensors(seed=0, n=32, d=16, classes=10):
@@ -47,7 +50,7 @@ def resnet(tmp_path_factory):
 @pytest.mark.parametrize("centers", [1, 3])
 @pytest.mark.parametrize(("scale", "margin"), [(30, 0.1), (64, 0.5), (20, 0.3), (16, 1.4)])
 def test_arc_margin_equals_pytorch_metric_learning_in_value_and_gradient(scale, margin, centers):
-    ours = gu.training.ArcMargin(16, 10, scale, margin, centers)
+    ours = losses.ArcMargin(16, 10, scale, margin, centers)
     settings = {"num_classes": 10, "embedding_size": 16, "margin": math.degrees(margin), "scale": scale}
     theirs = ArcFaceLoss(**settings) if centers == 1 else SubCenterArcFaceLoss(**settings, sub_centers=3)
     theirs.W.data = ours.proxies.data.reshape(-1, 16).T.clone()
@@ -68,7 +71,7 @@ def test_arc_margin_equals_pytorch_metric_learning_in_value_and_gradient(scale, 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_an_embedding_on_its_proxy_or_opposite_to_it_gives_a_finite_loss_and_gradient(dtype, sign):
-    loss = gu.training.ArcMargin(8, 3, 30, 0.5)
+    loss = losses.ArcMargin(8, 3, 30, 0.5)
     with torch.no_grad():
         loss.proxies.copy_(torch.eye(3, 8))
     embeddings = (sign * torch.eye(3, 8)).to(dtype).requires_grad_()
@@ -81,13 +84,13 @@ def test_an_embedding_on_its_proxy_or_opposite_to_it_gives_a_finite_loss_and_gra
 
 @given(st.floats(-1, 1), st.floats(-1, 1), st.floats(0, 1.5))
 def test_a_margin_lowers_every_cosine_and_keeps_their_order(a, b, margin):
-    low, high = gu.training.arc_margin(torch.tensor([min(a, b), max(a, b)]), torch.tensor(margin))
+    low, high = losses.arc_margin(torch.tensor([min(a, b), max(a, b)]), torch.tensor(margin))
     assert low <= high + 1e-3
     assert low <= min(a, b) + 1e-3 and high <= max(a, b) + 1e-3
 
 
 def test_without_margin_it_is_the_softmax_of_scaled_cosines():
-    loss = gu.training.ArcMargin(16, 10, 25, 0.0)
+    loss = losses.ArcMargin(16, 10, 25, 0.0)
     embeddings, labels = tensors()
     expected = F.cross_entropy(25 * embeddings @ F.normalize(loss.proxies).T, labels)
     assert loss(embeddings, labels).item() == pytest.approx(expected.item(), abs=1e-3)
@@ -96,11 +99,11 @@ def test_without_margin_it_is_the_softmax_of_scaled_cosines():
 def test_margins_may_differ_by_class():
     margins = np.linspace(0.05, 0.5, 10)
     torch.manual_seed(0)
-    loss = gu.training.ArcMargin(16, 10, 30, margins)
+    loss = losses.ArcMargin(16, 10, 30, margins)
     embeddings, labels = tensors()
     one_by_one = []
     for row, label in enumerate(labels):
-        single = gu.training.ArcMargin(16, 10, 30, float(margins[label]))
+        single = losses.ArcMargin(16, 10, 30, float(margins[label]))
         single.proxies = loss.proxies
         one_by_one.append(single(embeddings[row : row + 1], labels[row : row + 1]).item())
     assert loss(embeddings, labels).item() == pytest.approx(np.mean(one_by_one), rel=1e-5)
@@ -108,27 +111,27 @@ def test_margins_may_differ_by_class():
 
 def test_margins_and_starts_of_a_wrong_shape_are_refused():
     with pytest.raises(ValueError, match=r"margin has the shape \(4,\)"):
-        gu.training.ArcMargin(8, 3, margin=[0.1] * 4)
+        losses.ArcMargin(8, 3, margin=[0.1] * 4)
     with pytest.raises(ValueError, match=r"start has the shape \(1, 8\), not \(3, 8\)"):
-        gu.training.ArcMargin(8, 3, start=np.ones((1, 8)))
+        losses.ArcMargin(8, 3, start=np.ones((1, 8)))
 
 
 @pytest.mark.parametrize("margin", [28.6, 5.7, -0.1, float("nan"), float("inf"), [0.1, 30.0, 0.1]])
 def test_a_margin_that_cannot_be_radians_is_refused(margin):
     with pytest.raises(ValueError, match="no angle in radians from 0 to 1.57; 20 degrees are 0.35"):
-        gu.training.ArcMargin(4, 3, margin=margin)
+        losses.ArcMargin(4, 3, margin=margin)
 
 
 def test_one_class_has_nothing_to_keep_a_margin_from():
     with pytest.raises(ValueError, match="at least two classes"):
-        gu.training.ArcMargin(8, 1)
+        losses.ArcMargin(8, 1)
 
 
 def test_proxies_start_near_the_class_means_that_they_are_given():
     rng = np.random.default_rng(0)
     means = unit(rng, 6, 8)
     for centers in (1, 3):
-        loss = gu.training.ArcMargin(8, 6, centers=centers, start=means)
+        loss = losses.ArcMargin(8, 6, centers=centers, start=means)
         directions = F.normalize(loss.proxies.detach().reshape(6, centers, 8), dim=2).numpy()
         assert (np.einsum("ckd,cd->ck", directions, means) > 0.9).all()
     assert not np.allclose(directions[:, 0], directions[:, 1])
@@ -144,7 +147,7 @@ def lesson():
 
 def test_the_margin_by_hand_is_the_modules(lesson):
     embeddings, labels = tensors()
-    module = gu.training.ArcMargin(16, 10, 20, 0.3)
+    module = losses.ArcMargin(16, 10, 20, 0.3)
     by_hand = lesson.arc_margin_by_hand(embeddings, module.proxies, labels, 20, 0.3)
     assert by_hand.item() == pytest.approx(module(embeddings, labels).item(), rel=1e-5)
 
@@ -154,7 +157,7 @@ def test_proxy_anchor_equals_pytorch_metric_learning():
     begin = unit(np.random.default_rng(1), 10, 16)
     theirs = ProxyAnchorLoss(num_classes=10, embedding_size=16, margin=0.1, alpha=4)
     theirs.proxies.data = torch.from_numpy(begin.copy())
-    values = gu.training.ProxyAnchor(begin)(embeddings, labels), theirs(embeddings, labels)
+    values = losses.ProxyAnchor(begin)(embeddings, labels), theirs(embeddings, labels)
     assert values[0].item() == pytest.approx(values[1].item(), rel=1e-5)
     one, other = (torch.autograd.grad(value, embeddings)[0] for value in values)
     assert torch.allclose(one, other, atol=1e-5)
@@ -164,28 +167,28 @@ def test_plain_softmax_is_cross_entropy_of_dot_products():
     embeddings, labels = tensors()
     begin = unit(np.random.default_rng(1), 10, 16)
     expected = F.cross_entropy(3 * embeddings @ torch.from_numpy(begin).T, labels)
-    assert gu.training.Softmax(5 * begin)(3 * embeddings, labels).item() == pytest.approx(expected.item(), rel=1e-6)
+    assert losses.Softmax(5 * begin)(3 * embeddings, labels).item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_rarer_classes_get_wider_margins_between_the_published_bounds():
     """G-Universal-CLIP: t = sqrt(1 / sqrt(count)), scaled to 0.05 ... 0.50."""
     counts = [50, 4, 7, 20]
     t = np.sqrt(1 / np.sqrt(counts))
-    assert gu.training.margins_by_count(counts) == pytest.approx((t - t.min()) / (t.max() - t.min()) * 0.45 + 0.05)
-    assert np.isfinite(gu.training.margins_by_count([10, 10])).all()
+    assert losses.margins_by_count(counts) == pytest.approx((t - t.min()) / (t.max() - t.min()) * 0.45 + 0.05)
+    assert np.isfinite(losses.margins_by_count([10, 10])).all()
 
 
 # --- many classes ---
 
 
 def test_a_sampled_step_is_the_full_loss_over_the_classes_drawn_and_touches_no_other():
-    loss = gu.training.ArcMargin(16, 5000, 30, 0.2, sampled=100)
+    loss = losses.ArcMargin(16, 5000, 30, 0.2, sampled=100)
     embeddings, labels = tensors(classes=5000)
     value = loss(embeddings, labels)
     value.backward()
     rows = loss.proxies.grad.any(dim=1).nonzero()[:, 0]
     assert np.isin(labels.numpy(), rows.numpy()).all() and len(rows) <= 132
-    small = gu.training.ArcMargin(16, len(rows), 30, 0.2)
+    small = losses.ArcMargin(16, len(rows), 30, 0.2)
     with torch.no_grad():
         small.proxies.copy_(loss.proxies[rows])
     again = small(embeddings, torch.searchsorted(rows, labels))
@@ -195,7 +198,7 @@ def test_a_sampled_step_is_the_full_loss_over_the_classes_drawn_and_touches_no_o
 
 
 def test_each_step_draws_other_classes_and_a_copy_draws_the_same():
-    first, second = gu.training.ArcMargin(4, 1000, sampled=20), gu.training.ArcMargin(4, 1000, sampled=20)
+    first, second = losses.ArcMargin(4, 1000, sampled=20), losses.ArcMargin(4, 1000, sampled=20)
     labels = torch.tensor([3, 5])
     draws = [first.draw(labels)[0] for _ in range(3)]
     assert len(draws[0]) != len(draws[1]) or not torch.equal(draws[0], draws[1])
@@ -204,8 +207,8 @@ def test_each_step_draws_other_classes_and_a_copy_draws_the_same():
 
 
 def test_validation_compares_with_all_classes():
-    loss = gu.training.ArcMargin(16, 300, sampled=5)
-    full = gu.training.ArcMargin(16, 300)
+    loss = losses.ArcMargin(16, 300, sampled=5)
+    full = losses.ArcMargin(16, 300)
     full.load_state_dict(loss.state_dict())
     embeddings, labels = tensors(classes=300)
     assert loss.eval()(embeddings, labels).item() == full(embeddings, labels).item()
@@ -217,16 +220,16 @@ def test_validation_compares_with_all_classes():
 def test_class_means_are_means():
     embeddings, labels = np.random.default_rng(0).normal(size=(40, 5)).astype(np.float32), np.arange(40) % 7 + 3
     expected = np.stack([embeddings[labels == label].mean(0) for label in range(3, 10)])
-    assert np.allclose(gu.training.class_means(embeddings, labels), expected, atol=1e-6)
+    assert np.allclose(losses.class_means(embeddings, labels), expected, atol=1e-6)
 
 
 def test_classes_with_one_image_are_never_cut_off_to_measure_on():
     labels = np.array([*range(10), *[10] * 3, *[11] * 3, *[12] * 3])
     images = gu.ImageSet("some", np.zeros((len(labels), 4, 4, 3), np.uint8), labels)
     for seed in range(20):
-        assert set(gu.split_classes(images, 0.1, seed)[1].labels) <= {10, 11, 12}
+        assert set(splitting.split_classes(images, 0.1, seed)[1].labels) <= {10, 11, 12}
     with pytest.raises(ValueError, match="with two images or more"):
-        gu.split_classes(images.subset(labels < 11), 0.1)
+        splitting.split_classes(images.subset(labels < 11), 0.1)
 
 
 @given(st.integers(4, 40), st.floats(0.01, 0.9), st.integers(0, 5))
@@ -234,9 +237,9 @@ def test_split_classes_shares_no_class_and_loses_no_image(classes, share, seed):
     images = gu.ImageSet("some", np.zeros((3 * classes, 4, 4, 3), np.uint8), np.repeat(np.arange(classes), 3))
     if classes - max(2, round(share * classes)) < 2:
         with pytest.raises(ValueError, match="add classes"):
-            gu.split_classes(images, share, seed)
+            splitting.split_classes(images, share, seed)
         return
-    kept, held = gu.split_classes(images, share, seed)
+    kept, held = splitting.split_classes(images, share, seed)
     assert not set(kept.labels) & set(held.labels) and len(kept) + len(held) == len(images)
     assert len(set(held.labels)) == max(2, round(share * classes))
 
@@ -253,23 +256,23 @@ def shop(top, **parts):
 
 
 def test_in_the_drawn_world_texts_ask_for_other_things_than_images_do():
-    splits = gu.load_splits("mini")
+    splits = splitting.load_splits("mini")
     assert [splits.text_validation.name, splits.text_test.name] == ["mini captions_validation", "mini captions"]
     assert [part.name for part in splits.open_sets()] == ["mini train", "mini validation", "mini test"]
-    texts, relevant = gu.text_queries(splits.text_test)
+    texts, relevant = image_set.text_queries(splits.text_test)
     assert len(texts) == 2400 and {len(rows) for rows in relevant} == {1}
 
 
 def test_other_classes_are_an_open_question_in_which_images_search_each_other(tmp_path, capsys):
     top = shop(tmp_path, train={c: range(3) for c in "abcdefghij"}, test={c: range(3) for c in "xyz"})
-    for splits in (gu.load_splits(top / "train", top / "test"), gu.load_splits(top)):
+    for splits in (splitting.load_splits(top / "train", top / "test"), splitting.load_splits(top)):
         assert (
             splits.question == "open" and splits.test[0] is splits.test[1] and splits.test[0].names == ["x", "y", "z"]
         )
         assert (
             splits.validation[0] is splits.validation[1] and len(splits.validation[0]) == 6 and len(splits.train) == 24
         )
-        asked = gu.text_queries(splits.text_test)
+        asked = image_set.text_queries(splits.text_test)
         assert asked[0] == ["x", "y", "z"] and [len(rows) for rows in asked[1]] == [3, 3, 3], "names of classes ask"
         assert splits.test[0].captions is None and len(splits.text_validation) == 6
         train, validation, test = splits.open_sets()
@@ -282,7 +285,7 @@ def test_other_pictures_of_the_same_classes_are_a_closed_question_in_which_they_
     tmp_path, capsys
 ):
     top = shop(tmp_path, train={c: range(5) for c in "abcdefgh"}, test={c: (7, 9) for c in "bdh"})
-    splits = gu.load_splits(top / "train", top / "test")
+    splits = splitting.load_splits(top / "train", top / "test")
     assert splits.question == "closed"
     (chosen, catalogue), (queries, gallery) = splits.validation, splits.test
     assert catalogue is gallery is splits.train and len(gallery) == 36 and len(chosen) == 4 and len(queries) == 6
@@ -300,7 +303,7 @@ def test_other_pictures_of_the_same_classes_are_a_closed_question_in_which_they_
     precisions = [
         average_precision_score(gallery.labels == own, row) for own, row in zip(queries.labels, scores, strict=True)
     ]
-    found = gu.training.image_to_image(encoder, *splits.test)
+    found = evaluation.image_to_image(encoder, *splits.test)
     np.testing.assert_allclose(found.per_query, precisions, atol=1e-6)
     with pytest.raises(
         ValueError, match="test shows the classes that are trained on.*closed.*give images of other classes"
@@ -312,30 +315,30 @@ def test_other_pictures_of_the_same_classes_are_a_closed_question_in_which_they_
 def test_a_folder_with_all_three_splits_brings_its_own(tmp_path, capsys, around):
     outer, tmp_path = tmp_path, tmp_path / around
     shop(tmp_path, train={c: range(3) for c in "abcd"}, val={c: [4] for c in "ab"}, test={c: [5] for c in "abcd"})
-    splits = gu.load_splits(outer)
+    splits = splitting.load_splits(outer)
     assert splits.question == "closed" and [len(part[0]) for part in (splits.validation, splits.test)] == [2, 4]
     assert len(splits.train) == 12 and splits.validation[1] is splits.train
     shop(tmp_path, val={"x": [4]})
-    assert len(gu.load_splits(outer).train) == 10, "a validation that mixes both questions is not used"
+    assert len(splitting.load_splits(outer).train) == 10, "a validation that mixes both questions is not used"
     assert f"{outer.name} validation does not ask the same (closed) as {outer.name} test" in capsys.readouterr().out
 
 
 def test_queries_and_a_gallery_of_one_s_own_are_the_test(tmp_path, capsys):
     parts = {"query": {"x": [1], "z": [1]}, "gallery": {c: (2, 3) for c in "xyz"}}
-    splits = gu.load_splits(shop(tmp_path, train={c: range(3) for c in "abcdefgh"}, **parts))
+    splits = splitting.load_splits(shop(tmp_path, train={c: range(3) for c in "abcdefgh"}, **parts))
     queries, gallery = splits.test
     assert splits.question == "open" and (len(queries), len(gallery)) == (2, 6) and queries.labels.tolist() == [0, 2]
     assert "2 classes that are not trained on; they search 6 images of their own" in capsys.readouterr().out
     shop(tmp_path, query={"y": [2]})
     with pytest.raises(ValueError, match="1 of 3 images of .* query are also in .* gallery"):
-        gu.load_splits(tmp_path)
+        splitting.load_splits(tmp_path)
 
 
 def test_test_pictures_under_another_label_are_not_trained_on_and_test_classes_do_not_choose(tmp_path, capsys):
     parts = {"val": {c: [5, 6] for c in "wx"}, "test": {c: range(3) for c in "xyz"}}
     top = shop(tmp_path, train={c: range(3) for c in "abcdefgh"}, **parts)
     (top / "train" / "a" / "copy.png").write_bytes((top / "test" / "y" / "1.png").read_bytes())
-    splits = gu.load_splits(top)
+    splits = splitting.load_splits(top)
     said = capsys.readouterr().out
     assert "1 of 9 images of" in said and "under other labels; they are taken out of it" in said
     assert "must not choose, and is left aside" in said
@@ -358,29 +361,31 @@ def test_test_pictures_under_another_label_are_not_trained_on_and_test_classes_d
 def test_a_test_that_asks_two_things_or_shows_what_is_trained_on_is_refused(tmp_path, parts, message):
     shop(tmp_path, **parts)
     with pytest.raises(ValueError, match=message):
-        gu.load_splits(tmp_path / "train", tmp_path / "test")
+        splitting.load_splits(tmp_path / "train", tmp_path / "test")
 
 
 def test_training_needs_labels_and_two_classes_and_readable_files(folder):
     encoder = gu.load_encoder("random")
-    transform = gu.training.training_transform(encoder)
+    transform = training_data.make_training_transform(encoder)
     images = gu.load_images(folder)
     with pytest.raises(ValueError, match="only one class"):
-        gu.training.TrainingImages(images.subset(images.labels == 0), transform)
+        training_data.TrainingImages(images.subset(images.labels == 0), transform)
     (folder / "red" / "0.png").write_bytes(b"broken")
-    dataset = gu.training.TrainingImages(images, transform)
+    dataset = training_data.TrainingImages(images, transform)
     assert dataset[0][0].shape == (3, 48, 48)
     with pytest.raises(ValueError, match="cannot read .*red/0.png.*embed_images"):
         dataset[8]
     images.labels = None
     with pytest.raises(ValueError, match="no labels"):
-        gu.training.TrainingImages(images, transform)
+        training_data.TrainingImages(images, transform)
 
 
 def test_training_views_differ_between_epochs_but_not_between_runs(folder):
     images = gu.load_images(folder)
     encoder = gu.load_encoder("random")
-    views = gu.training.Repeatable(gu.training.TrainingImages(images, gu.training.training_transform(encoder)), seed=3)
+    views = training_loop.Repeatable(
+        training_data.TrainingImages(images, training_data.make_training_transform(encoder)), seed=3
+    )
     torch.manual_seed(5)
     state = torch.get_rng_state()
     (_, (one, _)), (_, (again, _)), (_, (later, _)) = views[0, 1], views[0, 1], views[1, 1]
@@ -389,18 +394,18 @@ def test_training_views_differ_between_epochs_but_not_between_runs(folder):
 
 
 def test_batches_cover_each_epoch_once_and_a_resumed_run_sees_the_same():
-    everything = list(gu.training.batches(50, 8, 0, 18, 0, None, 0, 1))
+    everything = list(training_loop.draw_batches(50, 8, 0, 18, 0, None, 0, 1))
     for epoch in range(3):
         rows = [row for batch in everything[6 * epoch : 6 * epoch + 6] for _, row in batch]
         assert len(set(rows)) == 48
-    assert list(gu.training.batches(50, 8, 7, 18, 0, None, 0, 1)) == everything[7:]
-    halves = [list(gu.training.batches(50, 8, 0, 18, 0, None, part, 2)) for part in (0, 1)]
+    assert list(training_loop.draw_batches(50, 8, 7, 18, 0, None, 0, 1)) == everything[7:]
+    halves = [list(training_loop.draw_batches(50, 8, 0, 18, 0, None, part, 2)) for part in (0, 1)]
     assert [sorted(a + b) for a, b in zip(*halves, strict=True)] == [sorted(batch) for batch in everything]
 
 
 def test_balanced_batches_draw_classes_equally_often():
     labels = np.repeat([0, 1, 2], [900, 90, 10])
-    keys = [key for batch in gu.training.batches(1000, 100, 0, 30, 0, labels, 0, 1) for key in batch]
+    keys = [key for batch in training_loop.draw_batches(1000, 100, 0, 30, 0, labels, 0, 1) for key in batch]
     assert np.bincount(labels[[row for _, row in keys]]) == pytest.approx(1000, rel=0.1)
     assert len(set(keys)) == len(keys), "an image that is drawn again is shown in another view"
 
@@ -410,27 +415,27 @@ def test_balanced_batches_draw_classes_equally_often():
 
 def test_before_projection_the_embedding_is_what_clip_would_project(resnet):
     encoder = gu.load_encoder("random")
-    before = gu.add_head(encoder, before_projection=True)
+    before = heads.add_head(encoder, before_projection=True)
     batch = torch.randn(4, 3, 48, 48)
     with torch.no_grad():
         assert torch.allclose(
             before.image_tower(batch) @ encoder.model.visual.proj, encoder.image_tower(batch), atol=1e-5
         )
     assert before.text_tower is None and encoder.model.visual.proj is not None
-    both = gu.add_head(before, 8)
+    both = heads.add_head(before, 8)
     assert both.origin["before_projection"] and both.dim == 8
     with pytest.raises(ValueError, match="already has a head"):
-        gu.add_head(both, 4)
+        heads.add_head(both, 4)
     with pytest.raises(ValueError, match="no projection"):
-        gu.add_head(gu.load_encoder(resnet), before_projection=True)
+        heads.add_head(gu.load_encoder(resnet), before_projection=True)
 
 
 def test_multi_sample_dropout_is_the_plain_linear_map_once_training_is_over():
-    head = gu.encoders.EmbeddingHead(16, 4)
+    head = heads.EmbeddingHead(16, 4)
     features = torch.randn(5, 16)
     assert not torch.equal(head.train()(features), head(features))
     assert torch.equal(head.eval()(features), head.linear(features))
-    still = gu.encoders.EmbeddingHead(16, 4, dropout=0, samples=(0, 0)).train()
+    still = heads.EmbeddingHead(16, 4, dropout=0, samples=(0, 0)).train()
     assert torch.allclose(still(features), still.linear(features), atol=1e-6)
     many = torch.stack([head.train()(features) for _ in range(4000)]).mean(0)
     assert torch.allclose(many, head.linear(features), atol=0.1), "dropout does not change the mean"
@@ -438,7 +443,7 @@ def test_multi_sample_dropout_is_the_plain_linear_map_once_training_is_over():
 
 def test_rates_fall_with_depth_and_every_parameter_of_the_image_tower_is_in_one_group():
     encoder = gu.load_encoder("random")
-    groups = gu.training.image_parameters(encoder, 1e-3, layer_decay=0.5)
+    groups = training.select_image_parameters(encoder, 1e-3, layer_decay=0.5)
     scale = {id(value): group["lr_scale"] for group in groups for value in group["params"]}
     names = dict(encoder.model.visual.named_parameters())
     assert len(scale) == len(names) == sum(len(group["params"]) for group in groups)
@@ -457,34 +462,34 @@ def test_patches_are_dropped_in_training_only_and_only_where_there_are_any(resne
     encoder = gu.load_encoder("random")
     batch = torch.randn(2, 3, 48, 48)
     before = encoder.features(encoder.image_tower, batch)
-    assert gu.training.drop_patches(encoder, 0.5)
+    assert training.drop_patches(encoder, 0.5)
     assert np.array_equal(encoder.features(encoder.image_tower, batch), before)
     encoder.model.train()
     assert not np.allclose(encoder.features(encoder.image_tower, batch), before)
-    assert not gu.training.drop_patches(gu.load_encoder(resnet), 0.5)
+    assert not training.drop_patches(gu.load_encoder(resnet), 0.5)
 
 
 def test_towers_of_other_kinds_are_trained_without_tricks_that_they_do_not_know():
     resnet = open_clip.modified_resnet.ModifiedResNet((1, 1, 1, 1), 16, 2, 64, 8)
     encoder = SimpleNamespace(name="RN", model=SimpleNamespace(visual=resnet), origin={})
-    (values,) = [{id(v) for group in gu.training.image_parameters(encoder, 1e-3) for v in group["params"]}]
+    (values,) = [{id(v) for group in training.select_image_parameters(encoder, 1e-3) for v in group["params"]}]
     assert values == {id(value) for value in resnet.parameters()}
     with pytest.raises(ValueError, match="choose layer_decay=1"):
-        gu.training.image_parameters(encoder, 1e-3, layer_decay=0.9)
+        training.select_image_parameters(encoder, 1e-3, layer_decay=0.9)
     eva = timm.create_model("eva02_tiny_patch14_224", img_size=28, num_classes=0)
-    assert not gu.training.drop_patches(SimpleNamespace(name="eva", model=eva), 0.5)
+    assert not training.drop_patches(SimpleNamespace(name="eva", model=eva), 0.5)
     assert eva.train()(torch.randn(2, 3, 28, 28)).shape == (2, 192)
 
 
 def test_image_parameters_know_timm_models_and_heads(resnet):
     encoder = gu.load_encoder(resnet)
-    groups = gu.training.image_parameters(encoder, 1e-3, layer_decay=0.5)
+    groups = training.select_image_parameters(encoder, 1e-3, layer_decay=0.5)
     scale = {id(value): group["lr_scale"] for group in groups for value in group["params"]}
     names = dict(encoder.model.named_parameters())
     assert len(scale) == len(names)
     assert scale[id(names["conv1.0.weight"])] < scale[id(names["layer4.0.conv1.weight"])]
-    headed = gu.add_head(gu.load_encoder("random"), dim=8, before_projection=True)
-    groups = gu.training.image_parameters(headed, 1e-3)
+    headed = heads.add_head(gu.load_encoder("random"), dim=8, before_projection=True)
+    groups = training.select_image_parameters(headed, 1e-3)
     values = {id(value) for group in groups for value in group["params"]}
     assert id(headed.model.visual.proj) not in values
     assert id(headed.model.embedding_head.linear.weight) not in values, "it is new and has a rate of its own"
@@ -493,11 +498,11 @@ def test_image_parameters_know_timm_models_and_heads(resnet):
 
 def test_a_checkpoint_keeps_the_name_it_is_given(tmp_path):
     encoder = gu.load_encoder("mini")
-    paths = [gu.save_checkpoint(encoder, tmp_path / f"margin{margin}") for margin in (0.1, 0.3)]
+    paths = [checkpoints.save_checkpoint(encoder, tmp_path / f"margin{margin}") for margin in (0.1, 0.3)]
     assert [path.name for path in paths] == ["margin0.1.safetensors", "margin0.3.safetensors"]
     assert (tmp_path / "margin0.1.json").exists()
     with pytest.raises(ValueError, match="no weights to save"):
-        gu.save_checkpoint(gu.load_encoder("pixels"), tmp_path / "pixels")
+        checkpoints.save_checkpoint(gu.load_encoder("pixels"), tmp_path / "pixels")
 
 
 @pytest.mark.parametrize(("dim", "before"), [(None, False), (None, True), (8, False), (8, True)])
@@ -506,8 +511,8 @@ def test_a_checkpoint_restores_the_encoder_and_its_towers_load_into_plain_open_c
     with torch.no_grad():
         for value in encoder.model.visual.parameters():
             value.add_(0.01)
-    headed = gu.add_head(encoder, dim, before) if dim or before else encoder
-    path = gu.save_checkpoint(headed, tmp_path / "tuned", loss="arcmargin", epochs=3)
+    headed = heads.add_head(encoder, dim, before) if dim or before else encoder
+    path = checkpoints.save_checkpoint(headed, tmp_path / "tuned", loss="arcmargin", epochs=3)
     assert path == tmp_path / "tuned.safetensors"
     again = gu.load_encoder(f"mini@{path}")
     batch = torch.randn(3, 3, 48, 48)
@@ -526,7 +531,7 @@ def test_a_checkpoint_restores_the_encoder_and_its_towers_load_into_plain_open_c
 def test_the_shipped_fine_tuning_gains_ten_points_over_its_start_and_keeps_the_text_tower():
     images = gu.load_images("mini", "test")
     start, tuned = gu.load_encoder("mini"), gu.load_encoder(f"mini@{gu.DATA}/mini_tuned/arcmargin.safetensors")
-    assert gu.training.image_to_image(tuned, images).mean > gu.training.image_to_image(start, images).mean + 0.10
+    assert evaluation.image_to_image(tuned, images).mean > evaluation.image_to_image(start, images).mean + 0.10
     assert all(
         torch.equal(a, b) for a, b in zip(*(e.model.transformer.parameters() for e in (start, tuned)), strict=True)
     )
@@ -534,7 +539,7 @@ def test_the_shipped_fine_tuning_gains_ten_points_over_its_start_and_keeps_the_t
 
 def test_a_checkpoint_that_does_not_fit_on_the_disk_leaves_the_earlier_one(tmp_path):
     encoder = gu.load_encoder("mini")
-    path = gu.save_checkpoint(encoder, tmp_path / "tuned.safetensors")
+    path = checkpoints.save_checkpoint(encoder, tmp_path / "tuned.safetensors")
     before = path.read_bytes()
     result = run_apart(save_random, path, 10**6, folder=tmp_path / "said")
     assert result.returncode == 1
@@ -581,7 +586,7 @@ def fit_line(folder, dataset=None, seed=0, **settings):
     torch.manual_seed(0)
     objective = Line()
     groups = [{"params": objective.line.parameters(), "lr": 0.1}]
-    log = gu.training.fit(
+    log = training_loop.fit(
         objective, dataset or LinePoints(), folder, groups, **{"epochs": 20, "batch_size": 16, "seed": seed} | settings
     )
     return objective, log
@@ -603,7 +608,7 @@ def test_batch_norm_learns_its_weights_and_keeps_its_statistics(tmp_path):
     before = {name: value.clone() for name, value in encoder.model.state_dict().items()}
     rng = np.random.default_rng(0)
     images = gu.ImageSet("noise", rng.integers(0, 256, (24, 64, 64, 3), dtype=np.uint8), np.arange(24) // 4)
-    gu.training.fine_tune(encoder, images, images, tmp_path, epochs=1.0, batch_size=8, rate=1e-3)
+    training.fine_tune(encoder, images, images, tmp_path, epochs=1.0, batch_size=8, rate=1e-3)
     after = encoder.model.state_dict()
     moved = {name for name, value in after.items() if not torch.equal(value, before[name])}
     assert "bn1.weight" in moved and not {name for name in moved if "running" in name or "tracked" in name}
@@ -642,7 +647,7 @@ def test_a_finished_training_is_read_back_and_other_settings_train_anew(tmp_path
     assert len(fresh.seen) == 12, "other data are not mistaken for the same training"
 
 
-class Doubled(gu.training.ImageObjective):
+class Doubled(training.ImageObjective):
     """Another loss that has the name and the settings of the first: only its value tells."""
 
     def forward(self, images, labels):
@@ -660,9 +665,9 @@ def test_whatever_decides_what_is_learned_makes_another_training(tmp_path, folde
         encoder = gu.load_encoder("random")
         settings = {"epochs": 1, "batch_size": 4, "balance": None}
         photos = images.subset(np.arange(len(images)))
-        flip, kind, scale = 0.5, gu.training.ImageObjective, 30.0
+        flip, kind, scale = 0.5, training.ImageObjective, 30.0
         if change == "patches":
-            gu.training.drop_patches(encoder, 0.5)
+            training.drop_patches(encoder, 0.5)
         if change == "labels":
             photos.labels[[3, 4]] = photos.labels[[4, 3]]
         if change == "view":
@@ -678,12 +683,12 @@ def test_whatever_decides_what_is_learned_makes_another_training(tmp_path, folde
             kind = Doubled
         if change == "balance":
             settings["balance"] = photos.labels
-        data = gu.training.TrainingImages(photos, gu.training.training_transform(encoder, flip))
-        objective = kind(encoder, gu.training.ArcMargin(encoder.dim, 3, scale))
-        groups = gu.training.image_parameters(encoder, 1e-4)
+        data = training_data.TrainingImages(photos, training_data.make_training_transform(encoder, flip))
+        objective = kind(encoder, losses.ArcMargin(encoder.dim, 3, scale))
+        groups = training.select_image_parameters(encoder, 1e-4)
         if change == "fewer":
             groups = [group | {"params": group["params"][1:]} for group in groups]
-        gu.training.fit(objective, data, tmp_path / "runs", groups, **settings)
+        training_loop.fit(objective, data, tmp_path / "runs", groups, **settings)
         return len(list((tmp_path / "runs").iterdir()))
 
     changes = ["", "patches", "labels", "view", "images", "weights", "scale", "code", "balance", "fewer"]
@@ -695,9 +700,11 @@ def test_pictures_replaced_under_their_names_train_anew_and_renamed_ones_do_not(
     def train():
         torch.manual_seed(0)
         encoder = gu.load_encoder("random", "cpu")
-        data = gu.training.TrainingImages(gu.load_images(folder), encoder.preprocess)
-        objective = gu.training.ImageObjective(encoder, gu.training.ArcMargin(encoder.dim, 3))
-        gu.training.fit(objective, data, tmp_path / "runs", gu.training.image_parameters(encoder, 1e-4), batch_size=6)
+        data = training_data.TrainingImages(gu.load_images(folder), encoder.preprocess)
+        objective = training.ImageObjective(encoder, losses.ArcMargin(encoder.dim, 3))
+        training_loop.fit(
+            objective, data, tmp_path / "runs", training.select_image_parameters(encoder, 1e-4), batch_size=6
+        )
         return len(list((tmp_path / "runs").iterdir()))
 
     assert [train(), train()] == [1, 1]
@@ -715,15 +722,15 @@ def test_pictures_replaced_under_their_names_train_anew_and_renamed_ones_do_not(
 def test_training_in_stages_is_calling_fit_twice(tmp_path):
     torch.manual_seed(0)
     objective = torch.nn.Module()
-    objective.tower, objective.loss = torch.nn.Linear(2, 4), gu.training.ArcMargin(4, 20, sampled=3)
+    objective.tower, objective.loss = torch.nn.Linear(2, 4), losses.ArcMargin(4, 20, sampled=3)
     objective.forward = lambda x, y: objective.loss(objective.tower(x), (y.abs() * 5).long().clamp(max=19))
     first = copy.deepcopy(objective.state_dict())
     proxies = [{"params": objective.loss.parameters(), "lr": 0.1}]
-    gu.training.fit(objective, LinePoints(), tmp_path, proxies, batch_size=16)
+    training_loop.fit(objective, LinePoints(), tmp_path, proxies, batch_size=16)
     between = copy.deepcopy(objective.state_dict())
     assert torch.equal(first["tower.weight"], between["tower.weight"])
     assert not torch.equal(first["loss.proxies"], between["loss.proxies"])
-    gu.training.fit(
+    training_loop.fit(
         objective, LinePoints(), tmp_path, [{"params": objective.tower.parameters(), "lr": 0.1}], batch_size=16
     )
     assert torch.equal(between["loss.proxies"], objective.loss.proxies)
@@ -737,7 +744,7 @@ def test_each_child_of_the_objective_is_clipped_to_its_own_norm():
     )
     for child, size in zip(objective.children(), (0.1, 100.0), strict=True):
         child.weight.grad = torch.full((4, 4), size)
-    assert gu.training.clip_gradients(Accelerator(cpu=True), objective, 1.0).item() == pytest.approx(400)
+    assert training_loop.clip_gradients(Accelerator(cpu=True), objective, 1.0).item() == pytest.approx(400)
     norms = [child.weight.grad.norm().item() for child in objective.children()]
     assert norms == pytest.approx([0.4, 1.0], rel=1e-4)
 
@@ -771,7 +778,7 @@ def test_the_average_of_the_weights_is_what_is_kept(tmp_path):
         return float(len(weights))
 
     groups = [{"params": objective.line.parameters(), "lr": 0.1}]
-    gu.training.fit(
+    training_loop.fit(
         objective, LinePoints(), tmp_path / "a", groups, epochs=1, batch_size=16, validate=watch, validate_every=1
     )
     for weight in weights:
@@ -791,14 +798,16 @@ def test_the_best_validated_weights_are_kept(tmp_path):
         return next(scores)
 
     groups = [{"params": objective.line.parameters(), "lr": 0.1}]
-    log = gu.training.fit(objective, LinePoints(), tmp_path, groups, epochs=4, batch_size=16, validate=validate)
+    log = training_loop.fit(objective, LinePoints(), tmp_path, groups, epochs=4, batch_size=16, validate=validate)
     assert [row["validation"] for row in log if "validation" in row] == [10, 50, 30, 20]
     assert torch.equal(objective.line.weight, seen[1])
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_rows(tmp_path):
-    rows = [row for _, row in list(gu.training.batches(64, 16, 0, 8, 0, None, 0, 1))[6]]
-    seen_before = {row for batch in list(gu.training.batches(64, 16, 0, 6, 0, None, 0, 1))[4:] for _, row in batch}
+    rows = [row for _, row in list(training_loop.draw_batches(64, 16, 0, 8, 0, None, 0, 1))[6]]
+    seen_before = {
+        row for batch in list(training_loop.draw_batches(64, 16, 0, 6, 0, None, 0, 1))[4:] for _, row in batch
+    }
     broken = next(row for row in rows if row not in seen_before)
 
     class LateTrouble(LinePoints):
@@ -821,9 +830,9 @@ def test_settings_that_cannot_work_are_refused(tmp_path):
         fit_line(tmp_path, batch_size=128)
     objective = Line()
     with pytest.raises(ValueError, match="nothing to train"):
-        gu.training.fit(objective, LinePoints(), tmp_path, [{"params": [], "lr": 0.1}], batch_size=16)
+        training_loop.fit(objective, LinePoints(), tmp_path, [{"params": [], "lr": 0.1}], batch_size=16)
     with pytest.raises(ValueError, match="no weights to train"):
-        gu.training.ImageObjective(gu.load_encoder("pixels"), gu.training.ArcMargin(768, 3))
+        training.ImageObjective(gu.load_encoder("pixels"), losses.ArcMargin(768, 3))
 
 
 # --- fit, in processes of its own ---
@@ -890,7 +899,7 @@ class Tower(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.tower, self.loss = torch.nn.Linear(10, 8), gu.training.ArcMargin(8, 12, 10, 0.1)
+        self.tower, self.loss = torch.nn.Linear(10, 8), losses.ArcMargin(8, 12, 10, 0.1)
 
     def forward(self, points, labels):
         return self.loss(self.tower(points), labels)
@@ -913,7 +922,7 @@ def test_several_processes_train_for_a_notebook_and_leave_it_the_weights_of_one(
         groups = [{"params": objective.parameters(), "lr": 1e-2}]  # a generator, as modules give it
         settings = {"epochs": 3, "batch_size": 16, "validate": lambda: objective.tower.weight.abs().sum().item() % 7}  # noqa: B023
         logs.append(
-            gu.training.fit_in_processes(processes, objective, data, tmp_path / str(processes), groups, **settings)
+            training_loop.fit_in_processes(processes, objective, data, tmp_path / str(processes), groups, **settings)
         )
         weights.append(objective.state_dict())
     assert [row["step"] for row in logs[0]] == [row["step"] for row in logs[1]]
@@ -925,7 +934,7 @@ def test_what_goes_wrong_in_a_process_is_said_in_the_notebook(tmp_path, forked):
     objective = Tower()
     data = Described(torch.full((96, 10), torch.nan), torch.arange(96) % 12)
     with pytest.raises(Exception, match="the loss became .*nan.*Look at those images, or lower the rates"):
-        gu.training.fit_in_processes(
+        training_loop.fit_in_processes(
             2, objective, data, tmp_path, [{"params": objective.parameters(), "lr": 1e-2}], batch_size=16
         )
 
@@ -949,16 +958,16 @@ def test_two_processes_give_the_weights_of_one_with_the_same_global_batch(tmp_pa
 
 
 def test_a_run_whose_checkpoints_come_before_its_first_row_of_the_log_goes_on(tmp_path):
-    assert gu.training.resume(SimpleNamespace(load_state=lambda folder: None), tmp_path) == (0, [])
+    assert training_loop.resume(SimpleNamespace(load_state=lambda folder: None), tmp_path) == (0, [])
     (tmp_path / "step_00000300").mkdir()
-    assert gu.training.resume(SimpleNamespace(load_state=lambda folder: None), tmp_path) == (300, [])
+    assert training_loop.resume(SimpleNamespace(load_state=lambda folder: None), tmp_path) == (300, [])
 
 
 def test_a_part_that_is_frozen_has_no_gradient_to_clip():
     """Its norm would lie on the CPU, whatever the device of the others."""
     objective = torch.nn.ModuleDict({"tower": torch.nn.Linear(4, 4), "loss": torch.nn.Linear(4, 4, device="meta")})
     objective["tower"].weight.grad = torch.ones(4, 4)
-    assert gu.training.clip_gradients(Accelerator(cpu=True), objective, 1.0).item() == pytest.approx(4)
+    assert training_loop.clip_gradients(Accelerator(cpu=True), objective, 1.0).item() == pytest.approx(4)
 
 
 def test_a_data_set_that_cannot_be_told_from_another_is_refused(tmp_path):
@@ -986,25 +995,25 @@ def test_a_whole_fine_tuning_is_its_parts_put_together(tmp_path):
     photos = gu.load_images("mini", "validation").subset(np.arange(120))
     held_out = gu.load_images("mini", "validation").subset(np.arange(200, 240))
     recipe = {"epochs": 1.0, "batch_size": 40, "seed": 3}
-    whole, log = gu.training.fine_tune(
+    whole, log = training.fine_tune(
         gu.load_encoder("mini"), photos, held_out, tmp_path / "whole", rate=1e-3, proxy_rate=5e-3, flip=0.0, **recipe
     )
     assert log[-1]["step"] == 3
     parts = gu.load_encoder("mini")
-    data = gu.training.TrainingImages(photos, gu.training.training_transform(parts, flip=0.0))
-    start = gu.training.class_means(gu.embed_images(parts, photos), data.labels)
+    data = training_data.TrainingImages(photos, training_data.make_training_transform(parts, flip=0.0))
+    start = losses.class_means(gu.embed_images(parts, photos), data.labels)
     torch.manual_seed(3)
-    loss = gu.training.ArcMargin(parts.dim, len(start), 30.0, 0.1, start=start)
-    groups = gu.training.image_parameters(parts, 1e-3)
+    loss = losses.ArcMargin(parts.dim, len(start), 30.0, 0.1, start=start)
+    groups = training.select_image_parameters(parts, 1e-3)
     groups.append({"params": loss.parameters(), "lr": 5e-3, "weight_decay": 0.01})
-    objective = gu.training.ImageObjective(parts, loss)
-    score = lambda: 100 * gu.training.image_to_image(parts, held_out).mean  # noqa: E731
-    gu.training.fit(objective, data, tmp_path / "parts", groups, validate=score, **recipe)
+    objective = training.ImageObjective(parts, loss)
+    score = lambda: 100 * evaluation.image_to_image(parts, held_out).mean  # noqa: E731
+    training_loop.fit(objective, data, tmp_path / "parts", groups, validate=score, **recipe)
     after, by_hand = whole.model.state_dict(), parts.model.state_dict()
     assert all(torch.equal(after[key], by_hand[key]) for key in after)
     assert not torch.equal(after["visual.proj"], gu.load_encoder("mini").model.state_dict()["visual.proj"])
     with pytest.raises(TypeError, match="marginn"):
-        gu.training.fine_tune(parts, photos, held_out, tmp_path / "parts", marginn=0.3)
+        training.fine_tune(parts, photos, held_out, tmp_path / "parts", marginn=0.3)
 
 
 def tuned_in_small(tmp_path, monkeypatch, **recipe):
@@ -1016,8 +1025,8 @@ def tuned_in_small(tmp_path, monkeypatch, **recipe):
         stages.append((objective, dataset, groups, settings))
         return []
 
-    monkeypatch.setattr(gu.training, "fit_in_processes", record)
-    encoder, _ = gu.training.fine_tune(gu.load_encoder("mini"), photos, photos, tmp_path, batch_size=40, **recipe)
+    monkeypatch.setattr(training_loop, "fit_in_processes", record)
+    encoder, _ = training.fine_tune(gu.load_encoder("mini"), photos, photos, tmp_path, batch_size=40, **recipe)
     return encoder, stages
 
 
@@ -1025,9 +1034,9 @@ def test_a_recipe_sets_margins_by_class_size_centers_and_the_start_of_the_proxie
     _, [(objective, *_)] = tuned_in_small(tmp_path, monkeypatch, margin=[0.05, 0.5], centers=3, start="xavier")
     photos = gu.load_images("mini", "validation").subset(np.arange(120))
     counts = np.unique(photos.labels, return_counts=True)[1]
-    assert objective.loss.margin.tolist() == pytest.approx(gu.training.margins_by_count(counts, 0.05, 0.5).tolist())
+    assert objective.loss.margin.tolist() == pytest.approx(losses.margins_by_count(counts, 0.05, 0.5).tolist())
     assert objective.loss.centers == 3
-    means = torch.from_numpy(gu.training.class_means(gu.embed_images(gu.load_encoder("mini"), photos), photos.labels))
+    means = torch.from_numpy(losses.class_means(gu.embed_images(gu.load_encoder("mini"), photos), photos.labels))
     for start, near in (("xavier", False), ("means", True)):
         _, [(objective, *_)] = tuned_in_small(tmp_path, monkeypatch, start=start)
         cosines = F.cosine_similarity(objective.loss.proxies, means)
@@ -1066,7 +1075,7 @@ def test_views_by_autoaugment_are_squashed_and_keep_the_encoders_scale_of_pixels
 
 def test_the_papers_protocol_is_the_same_for_training_and_for_tables(tmp_path, monkeypatch):
     encoder, [(objective, dataset, *_)] = tuned_in_small(tmp_path, monkeypatch, protocol="paper")
-    table = gu.encoders.as_in_paper(gu.load_encoder("mini"))
+    table = heads.embed_as_in_paper(gu.load_encoder("mini"))
     assert encoder.fingerprint() == table.fingerprint() and encoder.origin["before_projection"]
     assert dataset.transform.transforms[-1].mean == table.preprocess.transforms[-1].mean
     assert objective.loss.dim == table.dim
@@ -1082,17 +1091,17 @@ def test_a_misspelt_protocol_or_start_is_refused(tmp_path, monkeypatch):
 
 
 def test_a_rate_that_makes_a_large_model_forget_is_said(tmp_path, monkeypatch):
-    monkeypatch.setattr(gu.training, "LARGE_MODEL", 1e5)
+    monkeypatch.setattr(training, "LARGE_MODEL", 1e5)
     with pytest.warns(UserWarning, match="rate=0.001 is much for mini.*1e-6 to 1e-5"):
         tuned_in_small(tmp_path, monkeypatch, rate=1e-3)
 
 
 def test_scores_of_an_encoder_are_those_of_both_kinds_of_search():
-    splits, mini = gu.load_splits("mini"), gu.load_encoder("mini")
-    scores = gu.training.scores_of(mini, splits)
+    splits, mini = splitting.load_splits("mini"), gu.load_encoder("mini")
+    scores = evaluation.scores_of(mini, splits)
     assert list(scores) == ["image to image", "text to image"]
-    assert scores["image to image"].mean == gu.training.image_to_image(mini, splits.test[0]).mean
-    texts, relevant = gu.text_queries(splits.text_test)
+    assert scores["image to image"].mean == evaluation.image_to_image(mini, splits.test[0]).mean
+    texts, relevant = image_set.text_queries(splits.text_test)
     ranks = gu.rank_relevant(gu.embed_texts(mini, texts), gu.embed_images(mini, splits.text_test), relevant)
     assert scores["text to image"].mean == pytest.approx(gu.mean_average_precision(ranks).mean)
-    assert list(gu.training.scores_of(gu.encoders.as_in_paper(mini), splits)) == ["image to image"], "no text tower"
+    assert list(evaluation.scores_of(heads.embed_as_in_paper(mini), splits)) == ["image to image"], "no text tower"

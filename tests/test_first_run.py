@@ -12,7 +12,7 @@ from conftest import load_module, write_notebook
 
 import gpnns_utils as gu
 
-INSTALL = load_module(gu.HERE / "notebooks" / "install.py")
+INSTALL = load_module(gu.COURSE / "gpnns" / "tools" / "install.py")
 NOWHERE = "http://127.0.0.1:9/simple"  # nothing listens there
 OFFLINE = {"PIP_INDEX_URL": NOWHERE, "UV_DEFAULT_INDEX": NOWHERE, "PIP_RETRIES": "0", "UV_HTTP_RETRIES": "0"}
 OFFLINE |= {"PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": "", "PIP_NO_CACHE_DIR": "1", "UV_NO_CACHE": "1"}
@@ -23,8 +23,8 @@ HERE = {name: value for name, value in os.environ.items() if not name.startswith
 @pytest.fixture
 def course(tmp_path, monkeypatch):
     """What an installation needs of the course, without an environment, on a disk with room."""
-    for name in ("Makefile", "pyproject.toml", "notebooks/install.py", "notebooks/run.py"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+    for name in ("Makefile", "pyproject.toml", "notebooks/gpnns/tools/install.py", "notebooks/gpnns/tools/run.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         text = (gu.HERE / name).read_text(encoding="utf-8")
         (tmp_path / name).write_text(re.sub("^DISK = .*", "DISK = 0", text, flags=re.M), encoding="utf-8")
     monkeypatch.setattr(INSTALL.shutil, "disk_usage", lambda _: SimpleNamespace(free=1e12))
@@ -62,7 +62,7 @@ def test_a_python_that_is_too_old(course):
 
 
 def test_an_old_python_can_read_what_tells_it_that_it_is_too_old():
-    ast.parse((gu.HERE / "notebooks" / "install.py").read_text(encoding="utf-8"), feature_version=(3, 6))
+    ast.parse((gu.COURSE / "gpnns" / "tools" / "install.py").read_text(encoding="utf-8"), feature_version=(3, 6))
 
 
 def test_a_python_without_its_venv_module(course, monkeypatch):
@@ -131,21 +131,24 @@ def test_a_failure_that_nobody_foresaw_shows_what_the_installer_said(course, cap
 
 def test_the_next_make_goes_on_and_one_that_is_done_does_nothing(course):
     python = imitated_python(
-        course, f'test "$1" = notebooks/install.py && echo $1 >> {course}/calls && mkdir -p .venv; exit $FAILS'
+        course,
+        f'test "$1" = notebooks/gpnns/tools/install.py && echo $1 >> {course}/calls && mkdir -p .venv; exit $FAILS',
     )
     make(course, python, FAILS="1")
     for _ in range(2):
         subprocess.run(["make", ".venv/.ready", f"PYTHON={python}"], cwd=course, env=HERE | {"FAILS": "0"}, check=True)
-    assert (course / "calls").read_text().splitlines() == ["notebooks/install.py"] * 2, (
+    assert (course / "calls").read_text().splitlines() == ["notebooks/gpnns/tools/install.py"] * 2, (
         "one that failed, one that did not"
     )
 
 
 def test_a_python_without_the_packages_is_told_how_to_get_them(course):
-    bare = [sys.executable, "-I", "-S", "notebooks/run.py"]  # without site-packages
+    bare = [sys.executable, "-I", "-S", "notebooks/gpnns/tools/run.py"]  # without site-packages
     result = subprocess.run(bare, cwd=course, capture_output=True, text=True)
     assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert re.search("is not installed for .*make course.*notebooks/install.py.*notebooks/run.py", result.stderr)
+    assert re.search(
+        "is not installed for .*make course.*notebooks/gpnns/tools/install.py.*gpnns.tools.run", result.stderr
+    )
 
 
 @pytest.mark.notebook
@@ -158,7 +161,13 @@ def test_a_python_without_the_packages_is_told_how_to_get_them(course):
 )
 def test_a_run_without_memory_says_where_it_was_and_what_to_do(tmp_path, cell, error):
     notebook = write_notebook(tmp_path / "01_large.ipynb", 'profile: str = "mini"  # p', cell, "3")
-    command = [sys.executable, str(gu.HERE / "notebooks" / "run.py"), "--runs", str(tmp_path / "runs"), notebook]
+    command = [
+        sys.executable,
+        str(gu.COURSE / "gpnns" / "tools" / "run.py"),
+        "--runs",
+        str(tmp_path / "runs"),
+        notebook,
+    ]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 1
     assert re.search(rf"01_large +\d+ s +FAILED at cell 2: {error}", result.stdout), result.stdout

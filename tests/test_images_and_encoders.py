@@ -15,6 +15,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import gpnns_utils as gu
+from gpnns.encoders import checkpoints, loading
+from gpnns.images import image_set
 
 TINY_CLIP = {
     "embed_dim": 16,
@@ -102,15 +104,15 @@ def test_transparent_pictures_are_laid_on_white_and_photos_turned_upright(tmp_pa
     palette.putpalette([0, 0, 0] * 256)
     palette.save(tmp_path / "palette.png", transparency=0)
     for name in ("clear.png", "palette.png"):
-        assert np.asarray(gu.datasets.open_image(tmp_path / name)).min() == 255, name
+        assert np.asarray(image_set.open_image(tmp_path / name)).min() == 255, name
     exif = Image.Exif()
     exif[0x0112] = 6  # taken with the camera turned
     pixels(size=(20, 40)).save(tmp_path / "turned.jpg", exif=exif)
-    assert gu.datasets.open_image(tmp_path / "turned.jpg").size == (20, 40)
+    assert image_set.open_image(tmp_path / "turned.jpg").size == (20, 40)
     Image.fromarray(np.full((4, 4), 257 * 100, dtype=np.uint16)).save(tmp_path / "deep.png")
-    assert np.asarray(gu.datasets.open_image(tmp_path / "deep.png")).max() == 100
+    assert np.asarray(image_set.open_image(tmp_path / "deep.png")).max() == 100
     Image.new("1", (4, 4)).save(tmp_path / "ink.png")
-    assert gu.datasets.open_image(tmp_path / "ink.png").mode == "RGB"
+    assert image_set.open_image(tmp_path / "ink.png").mode == "RGB"
 
 
 def test_subsets_keep_everything_aligned(world):
@@ -193,12 +195,12 @@ def test_the_average_beside_the_weights_is_taken_and_said(tiny_clip, tmp_path, w
     with pytest.warns(
         UserWarning, match=f"holds weights \\('{weights}'\\) and their average \\('{average}'\\): the average"
     ):
-        state = gu.load_checkpoint(tmp_path / "both.pt")
+        state = checkpoints.load_checkpoint(tmp_path / "both.pt")
     assert torch.equal(state["visual.proj"], 2 * plain["visual.proj"])
     torch.save({weights: plain, average: None}, tmp_path / "none.pt")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert torch.equal(gu.load_checkpoint(tmp_path / "none.pt")["visual.proj"], plain["visual.proj"])
+        assert torch.equal(checkpoints.load_checkpoint(tmp_path / "none.pt")["visual.proj"], plain["visual.proj"])
 
 
 def test_an_average_is_seen_when_it_lies_deeper_and_named_when_it_has_no_names(tiny_clip, tmp_path):
@@ -206,10 +208,10 @@ def test_an_average_is_seen_when_it_lies_deeper_and_named_when_it_has_no_names(t
     better = {key: value * 2 if value.is_floating_point() else value for key, value in plain.items()}
     torch.save({"model": plain, "ema": {"module": better, "updates": 3}}, tmp_path / "deep.pt")
     with pytest.warns(UserWarning, match="the average is taken"):
-        assert torch.equal(gu.load_checkpoint(tmp_path / "deep.pt")["visual.proj"], 2 * plain["visual.proj"])
+        assert torch.equal(checkpoints.load_checkpoint(tmp_path / "deep.pt")["visual.proj"], 2 * plain["visual.proj"])
     torch.save({"model": plain, "ema": {"decay": 0.9, "shadow_params": list(plain.values())}}, tmp_path / "list.pt")
     with pytest.warns(UserWarning, match="an average \\('ema'\\) whose tensors have no names; the weights themselves"):
-        assert torch.equal(gu.load_checkpoint(tmp_path / "list.pt")["visual.proj"], plain["visual.proj"])
+        assert torch.equal(checkpoints.load_checkpoint(tmp_path / "list.pt")["visual.proj"], plain["visual.proj"])
 
 
 def test_torch_s_own_average_of_weights_loads(tiny_clip, tmp_path):
@@ -223,20 +225,20 @@ def test_of_several_models_in_a_checkpoint_none_is_guessed(tiny_clip, tmp_path):
     state = tiny_clip.state_dict()
     torch.save({"student": state, "teacher": state, "epoch": 1}, tmp_path / "dino.pt")
     with pytest.raises(ValueError, match="holds several models: student, teacher; save one"):
-        gu.load_checkpoint(tmp_path / "dino.pt")
+        checkpoints.load_checkpoint(tmp_path / "dino.pt")
     for names in (("state_dict", "model"), ("model", "net")):
         torch.save(dict.fromkeys(names, state), tmp_path / "alike.pt")
         with pytest.raises(ValueError, match=f"holds several models: {names[0]}, {names[1]}"):
-            gu.load_checkpoint(tmp_path / "alike.pt")
+            checkpoints.load_checkpoint(tmp_path / "alike.pt")
     torch.save(state | {"epoch": 3}, tmp_path / "flat.pt")
     with pytest.raises(ValueError, match="holds no state dict .*it holds epoch"):
-        gu.load_checkpoint(tmp_path / "flat.pt")
+        checkpoints.load_checkpoint(tmp_path / "flat.pt")
     torch.save({"module.a": torch.zeros(1), "_orig_mod.a": torch.zeros(1)}, tmp_path / "two.pt")
     with pytest.raises(ValueError, match="several tensors for a"):
-        gu.load_checkpoint(tmp_path / "two.pt")
+        checkpoints.load_checkpoint(tmp_path / "two.pt")
     torch.save({"a.weight": torch.zeros(1), "module.a.weight": torch.ones(1)}, tmp_path / "two.pt")
     with pytest.raises(ValueError, match="several tensors for a.weight \\(a.weight, module.a.weight\\)"):
-        gu.load_checkpoint(tmp_path / "two.pt")
+        checkpoints.load_checkpoint(tmp_path / "two.pt")
 
 
 def test_untrained_weights_have_to_be_asked_for_and_are_the_same_each_time(tiny_clip):
@@ -399,10 +401,10 @@ def test_a_pickle_that_could_run_code_is_refused(tmp_path, capsys):
     assert "must not run" not in capsys.readouterr().out
     (tmp_path / "broken.safetensors").write_bytes(b"not tensors")
     with pytest.raises(ValueError, match="not a readable checkpoint"):
-        gu.load_checkpoint(tmp_path / "broken.safetensors")
+        checkpoints.load_checkpoint(tmp_path / "broken.safetensors")
     torch.save([1, 2], tmp_path / "list.pt")
     with pytest.raises(ValueError, match="holds no state dict"):
-        gu.load_checkpoint(tmp_path / "list.pt")
+        checkpoints.load_checkpoint(tmp_path / "list.pt")
 
 
 def test_weights_that_cannot_be_downloaded_say_what_to_do(monkeypatch):
@@ -449,12 +451,12 @@ def test_efficientnet_lite0_is_the_published_network_to_the_last_bit():
     """Features and logits of the package that the weights were made for."""
     from efficientnet_lite_pytorch import EfficientNet
 
-    path = gu.encoders.efficientnet_lite0_file()
+    path = loading.find_efficientnet_lite0()
     theirs = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=str(path)).eval()
     ours = gu.load_encoder("efficientnet_lite0", "cpu")
     batch = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     whole = timm.create_model("tf_efficientnet_lite0", pretrained=False).eval()
-    whole.load_state_dict(gu.encoders.timm_names(gu.load_checkpoint(path)), strict=True)
+    whole.load_state_dict(loading.rename_for_timm(checkpoints.load_checkpoint(path)), strict=True)
     with torch.no_grad():
         features = theirs.extract_features(batch).mean((2, 3))
         assert torch.equal(ours.image_tower(batch), features) and features.shape == (2, 1280)
@@ -466,7 +468,7 @@ def test_efficientnet_lite0_takes_weights_of_a_file_and_saves_its_own(tmp_path):
     encoder = gu.load_encoder("efficientnet_lite0", "cpu")
     with torch.no_grad():
         encoder.model.conv_stem.weight.mul_(1.5)
-    path = gu.save_checkpoint(encoder, tmp_path / "tuned")
+    path = checkpoints.save_checkpoint(encoder, tmp_path / "tuned")
     again = gu.load_encoder(f"efficientnet_lite0@{path}", "cpu")
     assert torch.equal(again.model.conv_stem.weight, encoder.model.conv_stem.weight)
 
@@ -492,7 +494,7 @@ def test_the_fine_tuned_encoders_of_the_course_go_by_their_names(tmp_path, monke
         named, filed = gu.load_encoder(f"mini@{name}", "cpu"), gu.load_encoder(f"mini@{path}", "cpu")
         assert named.name == filed.name == f"mini@{name}" and named.fingerprint() == filed.fingerprint()
     monkeypatch.chdir(tmp_path)
-    gu.save_checkpoint(gu.load_encoder("mini", "cpu"), tmp_path / "mine.safetensors")
+    checkpoints.save_checkpoint(gu.load_encoder("mini", "cpu"), tmp_path / "mine.safetensors")
     (tmp_path / "mine.safetensors").rename(tmp_path / "arcmargin")
     own = gu.load_encoder("mini@arcmargin", "cpu")
     assert own.fingerprint() == gu.load_encoder("mini", "cpu").fingerprint(), "a file of that name comes first"

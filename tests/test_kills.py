@@ -21,6 +21,7 @@ from test_faults import Once
 from train_small import train_small
 
 import gpnns_utils as gu
+from gpnns.images import downloads
 
 
 def embed_photos(folder: Path, out: Path, photos: Path) -> None:
@@ -54,7 +55,7 @@ def fit(folder: Path, out: Path, photos: Path) -> None:
 
 def download(folder: Path, out: Path, url: str) -> None:
     (folder / "began").touch()
-    gu.datasets.download([url], folder / "file.bin", len(CONTENT), hashlib.md5(CONTENT).hexdigest())
+    downloads.download([url], folder / "file.bin", len(CONTENT), hashlib.md5(CONTENT).hexdigest())
     os.replace(folder / "file.bin", out)
 
 

@@ -21,6 +21,8 @@ from safetensors.torch import load_file
 from wrong_answers import WRONG
 
 import gpnns_utils as gu
+from gpnns import evaluation
+from gpnns.encoders import checkpoints, heads
 
 PATHS = NOTEBOOKS
 ids = [path.stem for path in PATHS]
@@ -312,7 +314,7 @@ def test_text_lost_by_images_alone_is_won_back_by_realignment_and_less_is_lost_w
     shipped["mcip_realigned"] = gu.load_encoder("mini@" + str(gu.DATA / "mini_tuned" / "mcip_realigned.safetensors"))
     test = gu.load_images("mini", "test")
     for name, encoder in shipped.items():
-        found = 100 * gu.training.image_to_image(encoder, test, cache=True).mean
+        found = 100 * evaluation.image_to_image(encoder, test, cache=True).mean
         assert found == pytest.approx(scores[name, images], abs=0.5), "the recipe of what is shipped"
     assert gu.load_encoder(f"mini@{out}/04_mcip_realigned.safetensors").text_tower is not None
     assert "nan" not in text_of(notebook)
@@ -387,13 +389,13 @@ def two_checkpoints(folder, kind):
         elif kind == "batch norm":
             model = timm.create_model("test_efficientnet", num_classes=0)
             files.append(str(folder / f"{seed}.safetensors"))
-            gu.checkpoints.save_weights(model, folder / f"{seed}.safetensors")
+            checkpoints.save_weights(model, folder / f"{seed}.safetensors")
         else:
             encoder = gu.load_encoder(
                 "mini@" + str(gu.DATA / "mini_tuned" / f"{('arcmargin', '2sft')[seed]}.safetensors")
             )
-            encoder = gu.add_head(encoder, 16) if kind == "heads" else encoder
-            files.append(str(gu.save_checkpoint(encoder, folder / f"tuned_{seed}")))
+            encoder = heads.add_head(encoder, 16) if kind == "heads" else encoder
+            files.append(str(checkpoints.save_checkpoint(encoder, folder / f"tuned_{seed}")))
     return json.dumps(files)
 
 
@@ -486,7 +488,7 @@ def test_averaging_equals_beats_the_best_of_them_and_averaging_nothing_is_found_
     assert small["soup, PCA of images"] > small["base, all numbers"]
     logs = [path.read_text() for path in out.glob("05_training/*/log.jsonl")]
     assert len(logs) == 4 and all("validation" in log for log in logs), "this run trained"
-    soup = gu.load_checkpoint(out / "05_soup.safetensors")
+    soup = checkpoints.load_checkpoint(out / "05_soup.safetensors")
     gu.load_encoder("mini").model.load_state_dict(soup, strict=True)
     assert "nan" not in text_of(notebook)
 
@@ -512,9 +514,7 @@ def test_a_soup_of_anyones_checkpoints_is_a_file_that_their_library_loads(
     mine |= {"checkpoints": two_checkpoints(tmp_path, kind)}
     if encoder and "@" in encoder:
         torch.manual_seed(0)
-        gu.checkpoints.save_weights(
-            timm.create_model("test_efficientnet", num_classes=0), tmp_path / "start.safetensors"
-        )
+        checkpoints.save_weights(timm.create_model("test_efficientnet", num_classes=0), tmp_path / "start.safetensors")
         encoder = encoder.replace("START", str(tmp_path / "start.safetensors"))
     run_here("05", mine | ({"encoder": encoder} if encoder else {}))
     written = out / "05_soup.safetensors"
@@ -647,13 +647,13 @@ def test_the_first_notebook_searches_among_two_or_three_images(shapes, results, 
 def test_every_schematic_comes_from_the_script_and_is_shown_in_its_notebook(tmp_path):
     import runpy
 
-    script = runpy.run_path(str(gu.HERE / "notebooks" / "schematics.py"))
+    script = runpy.run_path(str(gu.HERE / "notebooks" / "gpnns" / "tools" / "draw_schematics.py"))
     for name, draw in script["SCHEMATICS"].items():
         script["save"](draw(), tmp_path / f"{name}.png")
         with Image.open(tmp_path / f"{name}.png") as drawn, Image.open(gu.show_schematic(name).filename) as shipped:
             assert drawn.size == shipped.size
             difference = np.abs(np.asarray(drawn.convert("L"), float) - np.asarray(shipped.convert("L"), float))
-            assert difference.mean() < 2, "draw it again: python notebooks/schematics.py"
+            assert difference.mean() < 2, "draw it again: python -m gpnns.tools.draw_schematics"
         assert f'gu.show_schematic("{name}")' in (gu.HERE / "notebooks" / f"{name}.ipynb").read_text(
             encoding="utf-8"
         ).replace('\\"', '"')

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 import gpnns_utils as gu
+from gpnns.images import datasets, image_set
 
 pa = pytest.importorskip("pyarrow")
 import pyarrow.parquet as pq  # noqa: E402
@@ -48,7 +49,7 @@ def test_lines_that_name_the_same_path_are_one_image_with_several_captions(top):
     lines = [f"{name}.png,caption {i} of {name}" for name in "abc" for i in range(3)]
     images = gu.load_images(table(top, "image,caption\n" + "\n".join(lines) + "\n"))
     assert stems(images) == ["a", "b", "c"] and images.captions[1] == [f"caption {i} of b" for i in range(3)]
-    queries, relevant = gu.text_queries(images)
+    queries, relevant = image_set.text_queries(images)
     assert len(queries) == 9 and all(len(rows) == 1 for rows in relevant)
 
 
@@ -228,7 +229,7 @@ def test_an_image_set_takes_a_text_for_a_list_of_one_and_refuses_what_does_not_b
     pixels = np.zeros((2, 8, 8, 3), np.uint8)
     images = gu.ImageSet("two", pixels, captions=["a dog", ["a cat", "a pet"]])
     assert images.captions == [["a dog"], ["a cat", "a pet"]]
-    assert gu.text_queries(images)[0] == ["a cat", "a dog", "a pet"]
+    assert image_set.text_queries(images)[0] == ["a cat", "a dog", "a pet"]
     wrong = {
         "captions needs one entry for each of 2 images": {"captions": ["a dog"]},
         "captions are lists of strings for each image, not 3": {"captions": [["a"], [3]]},
@@ -251,14 +252,14 @@ def test_an_image_set_takes_a_text_for_a_list_of_one_and_refuses_what_does_not_b
 def test_the_text_of_a_class_is_the_longest_caption_that_all_its_images_share_or_its_name():
     told = [["a pet", "a red cat", "x"], ["a red cat", "a pet"], ["a dog"], ["one dog"], ["a bird"]]
     images = gu.ImageSet("pets", [f"{i}.png" for i in range(5)], [0, 0, 1, 1, 2], None, told, ["cat", "dog", "bird"])
-    texts, own = gu.class_texts(images)
+    texts, own = image_set.class_texts(images)
     assert texts == ["a bird", "a red cat", "dog"] and own.tolist() == [1, 1, 2, 2, 0]
     blank = gu.ImageSet(
         "pets", images.images, images.labels, captions=[[" "], [" "], [""], [""], []], names=images.names
     )
-    assert gu.class_texts(blank)[0] == ["bird", "cat", "dog"], "a blank caption says nothing"
+    assert image_set.class_texts(blank)[0] == ["bird", "cat", "dog"], "a blank caption says nothing"
     without = gu.ImageSet("pets", images.images, images.labels, names=images.names)
-    assert gu.class_texts(without)[0] == ["bird", "cat", "dog"], "no captions at all: names"
+    assert image_set.class_texts(without)[0] == ["bird", "cat", "dog"], "no captions at all: names"
 
 
 # --- folders ---
@@ -397,7 +398,7 @@ def test_a_folder_that_is_called_like_a_data_set_is_read_and_nothing_is_download
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GPNNS_DATA", str(tmp_path / "data"))
     monkeypatch.setenv("GPNNS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(gu.datasets, "fetch", lambda *given: pytest.fail("it downloads"))
+    monkeypatch.setattr(datasets, "fetch_dataset", lambda *given: pytest.fail("it downloads"))
     picture(tmp_path / "flowers" / "rose" / "0.png")
     picture(tmp_path / "flowers" / "tulip" / "0.png")
     for source in ("flowers", "./flowers", tmp_path / "flowers"):

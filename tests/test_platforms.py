@@ -13,8 +13,9 @@ import torch
 from conftest import load_module
 
 import gpnns_utils as gu
+from gpnns import evaluation
 
-PREPARE = load_module(gu.HERE / "notebooks" / "prepare.py")
+PREPARE = load_module(gu.COURSE / "gpnns" / "tools" / "prepare.py")
 VERSIONS = load_module(gu.HERE / "tests" / "colab_versions.py")
 FIRST_CELL = next(
     "".join(cell["source"])
@@ -211,7 +212,7 @@ def test_a_folder_that_can_only_be_read_is_only_read(read_only, cache):
     images = gu.load_images(str(read_only))
     encoder = gu.load_encoder("mini")
     assert len(gu.embed_images(encoder, images)) == 12
-    gu.training.image_to_image(encoder, images)
+    evaluation.image_to_image(encoder, images)
     assert GUARD["broken"] == []
     (read_only / "notes.txt").write_text("found out")
     assert [event for event, *_ in GUARD["broken"]] == ["open"]

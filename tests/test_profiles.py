@@ -22,6 +22,9 @@ from PIL import Image
 from scipy.io import savemat
 
 import gpnns_utils as gu
+from gpnns import paper_tables, parameters
+from gpnns.encoders import checkpoints, licences
+from gpnns.images import datasets, text_files
 
 NOTEBOOKS = sorted((gu.HERE / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 PROFILES = {
@@ -54,7 +57,7 @@ def test_mini_holds_the_defaults_of_each_notebook(path):
     (cell,) = [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])]
     defaults = {node.target.id: ast.literal_eval(node.value) for node in ast.parse(cell.source).body}
     assert defaults.pop("profile") == "mini" and defaults == TYPED[path.stem]
-    applied = f'globals().update(gu.take_parameters("{path.stem}", globals()))'
+    applied = f'globals().update(take_parameters("{path.stem}", globals()))'
     assert [cell for cell in cells if applied in cell.source.splitlines()], "the notebook reads its profile"
 
 
@@ -72,7 +75,7 @@ def test_a_profile_sets_only_what_its_notebooks_know_and_only_what_differs(name)
 
 
 def taken(notebook, profile="mini", **given):
-    return gu.take_parameters(notebook, TYPED[notebook] | {"profile": profile} | given)
+    return parameters.take_parameters(notebook, TYPED[notebook] | {"profile": profile} | given)
 
 
 def test_a_profile_takes_the_place_of_defaults_and_of_nothing_else(capsys):
@@ -241,7 +244,7 @@ def test_papermill_s_command_line_makes_numbers_of_names_and_the_notebook_text_a
 
 
 def test_run_py_runs_the_notebooks_that_a_profile_has_a_part_for():
-    runner = load_module(gu.HERE / "notebooks" / "run.py")
+    runner = load_module(gu.COURSE / "gpnns" / "tools" / "run.py")
     assert runner.notebooks_of("gpu") == runner.notebooks_of("a name without a file") == NOTEBOOKS
     assert [path.stem for path in runner.notebooks_of("paper_mcip")] == ["07_reproduce_papers"]
 
@@ -251,9 +254,9 @@ def test_a_misspelt_parameter_in_a_profile_is_an_error(tmp_path, monkeypatch):
     for name, values in (("mini", {"k": 5}), ("wide", {"kk": 9})):
         text = yaml.safe_dump({"profile": name, "notebooks": {"01_one": values}})
         (tmp_path / "notebooks" / "profiles" / f"{name}.yml").write_text(text)
-    monkeypatch.setattr(gu, "HERE", tmp_path)
+    monkeypatch.setattr(gu, "COURSE", tmp_path / "notebooks")
     with pytest.raises(ValueError, match="profiles/wide.yml sets kk, which 01_one does not know"):
-        gu.take_parameters("01_one", {"profile": "wide", "k": 5})
+        parameters.take_parameters("01_one", {"profile": "wide", "k": 5})
 
 
 # --- line-ups ---
@@ -268,19 +271,18 @@ def encoders_of(values):
 
 @pytest.mark.parametrize("name", [name for name in PROFILES if name != "mini"])
 def test_every_encoder_of_a_profile_exists_in_the_installed_libraries(name):
-    seven = gu.tables
     for values in PROFILES[name]["notebooks"].values():
         for encoder in encoders_of(values):
             kind, _, rest = encoder.partition(":")
             there = open_clip.list_pretrained() if kind == "open_clip" else timm.list_pretrained()
             shipped = encoder in ("pixels", "efficientnet_lite0")
             assert shipped or (tuple(rest.split("/")) if kind == "open_clip" else rest) in there, encoder
-            assert seven.licence_of(encoder)
+            assert licences.find_licence(encoder)
 
 
 @pytest.mark.parametrize("name", [name for name in PROFILES if name != "mini"])
 def test_every_data_set_of_a_profile_has_an_entry_and_the_split_it_asks_for(name):
-    table = gu.datasets.TABLE
+    table = datasets.TABLE
     for notebook, values in PROFILES[name]["notebooks"].items():
         for key, usual in (("images", "test"), ("train_images", "train"), ("test_images", "test"), ("bank", "train")):
             for part in values[key].split(" + ") if key in values else []:
@@ -299,10 +301,9 @@ def test_todays_encoders_are_beside_those_of_the_papers_in_notebook_02(name):
 
 
 def test_the_tables_of_the_papers_are_measured_with_the_papers_encoders():
-    seven = gu.tables
     for profile in ("gpu", "paper", "paper_mcip"):
         values = PROFILES[profile]["notebooks"]["07_reproduce_papers"]
-        assert set(values["encoders"]) <= set(seven.published_rows(values["table"])), profile
+        assert set(values["encoders"]) <= set(paper_tables.find_published_rows(values["table"])), profile
 
 
 # --- the whole profile `gpu`, with data in small and random models in place of the downloads ---
@@ -496,7 +497,7 @@ def test_the_laptop_profile_runs_from_end_to_end_with_stand_ins_for_what_it_down
         assert "profile laptop sets" in "".join(o.get("text", "") for cell in cells for o in cell.get("outputs", []))
         written = json.loads((course / "runs" / "laptop" / f"{notebook}.json").read_text())
         assert written["rows"] and all(np.isfinite(row["value"]) for row in written["rows"])
-    home = gu.datasets.read_json(course / "runs" / "laptop" / "08_search" / "search.json")
+    home = text_files.read_json(course / "runs" / "laptop" / "08_search" / "search.json")
     assert (
         len(home["names"]) == 36 and home["base"] in PROFILES["laptop"]["notebooks"]["08_build_your_search"]["encoders"]
     )
@@ -506,9 +507,9 @@ def test_the_laptop_profile_needs_few_photographs_and_small_downloads():
     sources = {
         values.get("images") or values.get("train_images") for values in PROFILES["laptop"]["notebooks"].values()
     }
-    columns = {source for column in gu.tables.flowers_columns() for source in column[1:3] if source}
+    columns = {source for column in paper_tables.flowers_columns() for source in column[1:3] if source}
     assert (sources - {None}) | columns == {"flowers:train"}
-    assert gu.datasets.TABLE["flowers"]["splits"]["train"][0] <= 1200
+    assert datasets.TABLE["flowers"]["splits"]["train"][0] <= 1200
 
 
 PAGES = "".join((gu.HERE / name).read_text(encoding="utf-8") for name in ("README.md", "notebooks/README.md"))
@@ -615,7 +616,7 @@ def test_what_the_readme_says_about_searching_measuring_and_hubs_runs_in_small_a
         rows = json.loads(results.read_text())["rows"]
         assert rows and all(np.isfinite(row["value"]) for row in rows)
     encoder = gu.load_encoder("mini")
-    file = gu.save_checkpoint(encoder, tmp_path / "tuned.safetensors")
+    file = checkpoints.save_checkpoint(encoder, tmp_path / "tuned.safetensors")
     further = (gu.HERE / "notebooks" / "07_reproduce_papers.ipynb").read_text(encoding="utf-8")
     (options,) = re.findall(r"`(-p table mcip [^`]*)`", further)
     options = options.replace("open_clip:ViT-B-16/openai@tuned.safetensors", f"mini@{file}")
@@ -625,7 +626,7 @@ def test_what_the_readme_says_about_searching_measuring_and_hubs_runs_in_small_a
 
 
 def taken_methods():
-    return gu.parameters.CHOICES["method"][1:]
+    return parameters.CHOICES["method"][1:]
 
 
 def test_the_small_course_differs_from_the_real_one_only_in_what_is_downloaded(tmp_path):

@@ -86,15 +86,15 @@ print("open_clip" in sys.modules, "accelerate" in sys.modules)
 
 
 def test_published_tables_are_complete():
-    import gpnns_utils as gu
+    from gpnns import published_tables
 
-    table = gu.load_published("gpnns_table4")
+    table = published_tables.load_published("gpnns_table4")
     assert len(table) == 8
     for row in table:  # AVG is the plain mean of the 15 columns
         columns = [value for key, value in row.items() if key not in ("model", "loss", "avg")]
         assert len(columns) == 15 and sum(columns) / 15 == pytest.approx(row["avg"], abs=0.06)
     with pytest.raises(FileNotFoundError, match="there are gpnns_table4"):
-        gu.load_published("table5")
+        published_tables.load_published("table5")
 
 
 def test_the_workflows_run_what_is_there():

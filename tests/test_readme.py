@@ -102,7 +102,7 @@ def code_of_the_readme(folder):
         "gallery = np.random.default_rng(0).normal(size=(600, 512)).astype(np.float32)\n"
         "gallery /= np.linalg.norm(gallery, axis=1, keepdims=True)\n"
         "references, queries = gallery[::2], gallery[:5]\nranker = NNNRanker",
-        "gu.split_classes(images, 0.1)": 'gu.split_classes(gu.ImageSet("double", images.images * 2, np.arange(24) // 4), 0.1)',
+        "splitting.split_classes(images, 0.1)": 'splitting.split_classes(gu.ImageSet("double", images.images * 2, np.arange(24) // 4), 0.1)',
         "epochs=3,": "epochs=1, batch_size=4,",
     }.items():
         assert said in code, said
@@ -137,7 +137,10 @@ def test_the_code_runs_in_an_empty_folder_once_the_package_is_installed(folder, 
     subprocess.run(command, check=True)
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    code = code_of_the_readme(folder) + "\nprint(gu.HERE, gu.work_folder(), len(gu.load_published('mcip_table1')))"
+    code = (
+        code_of_the_readme(folder)
+        + "\nfrom gpnns import published_tables\nprint(gu.HERE, gu.work_folder(), len(published_tables.load_published('mcip_table1')))"
+    )
     environment = os.environ | {"PYTHONPATH": str(site), "GPNNS_CACHE": str(tmp_path / "cache")}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

@@ -1,4 +1,4 @@
-"""notebooks/scale.py and data/storage.py: from tars to a table, whatever is killed, broken, added, taken out or far away."""
+"""notebooks/gpnns/scale.py and gpnns/storage.py: from tars to a table, whatever is killed, broken, added, taken out or far away."""
 
 import contextlib
 import hashlib
@@ -21,9 +21,9 @@ import pytest
 from PIL import Image
 
 import gpnns_utils as gu
-from gpnns_utils import scale, storage
+from gpnns import scale, storage
 
-SCRIPT, BIN = gu.HERE / "notebooks" / "scale.py", Path(sys.executable).parent
+SCRIPT, BIN = gu.COURSE / "gpnns" / "scale.py", Path(sys.executable).parent
 # Ray ends its workers when the memory of the machine is nearly full, whoever has taken it: here the other tests.
 RAY = {"RAY_memory_monitor_refresh_ms": "0"}
 
@@ -70,7 +70,7 @@ def references(tars, encoder):
 def embedded(tars, encoder, references, tmp_path_factory):
     """The four Parquet files, made without an engine, as an undisturbed run makes them."""
     output = tmp_path_factory.mktemp("embedded")
-    for name in storage.files_below(tars, ".tar"):
+    for name in storage.list_files_below(tars, ".tar"):
         scale.embed_tar(encoder, references, str(tars), str(output), name)
     return output
 
@@ -78,8 +78,8 @@ def embedded(tars, encoder, references, tmp_path_factory):
 @pytest.fixture
 def output(embedded, tmp_path):
     """A copy of them, to change."""
-    for name in storage.files_below(embedded, ".parquet"):
-        storage.write(tmp_path / f"output/{name}.parquet", storage.read(embedded / f"{name}.parquet"))
+    for name in storage.list_files_below(embedded, ".parquet"):
+        storage.write_bytes(tmp_path / f"output/{name}.parquet", storage.read_bytes(embedded / f"{name}.parquet"))
     return tmp_path / "output"
 
 
@@ -88,7 +88,7 @@ def all_rows(output: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     folder = output / "embeddings"
     parts = [
         part
-        for name in storage.files_below(folder, ".parquet")
+        for name in storage.list_files_below(folder, ".parquet")
         for part in storage.read_rows(f"{folder}/{name}.parquet")
     ]
     ids, vectors, bias = zip(*parts, strict=True)
@@ -98,8 +98,8 @@ def all_rows(output: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def digests(output: Path) -> dict[str, str]:
     folder = output / "embeddings"
     return {
-        name: hashlib.md5(storage.read(f"{folder}/{name}.parquet")).hexdigest()
-        for name in storage.files_below(folder, ".parquet")
+        name: hashlib.md5(storage.read_bytes(f"{folder}/{name}.parquet")).hexdigest()
+        for name in storage.list_files_below(folder, ".parquet")
     }
 
 
@@ -149,7 +149,7 @@ def test_unreadable_images_are_counted_and_named_and_their_neighbours_embedded(t
     pack(tmp_path / "x.tar", {"0.png": good, "1.png": good[:200], "2.jpg": b"", "3.png": good, "4.txt": b"a vase"})
     facts = scale.embed_tar(encoder, None, str(tmp_path), str(tmp_path / "out"), "x")
     assert facts == {"tar": "x", "images": 2, "unreadable": ["1.png", "2.jpg"]}
-    assert storage.facts_of(tmp_path / "out/embeddings/x.parquet") == facts
+    assert storage.read_facts(tmp_path / "out/embeddings/x.parquet") == facts
     ids, vectors, bias = all_rows(tmp_path / "out")
     assert list(ids) == ["x.tar/0.png", "x.tar/3.png"] and np.array_equal(vectors[0], vectors[1]) and not bias.any()
 
@@ -188,13 +188,13 @@ def test_broken_tars_say_what_they_are_and_leave_no_file(tmp_path, world, encode
     for name, reason in reasons.items():
         with pytest.raises(storage.BrokenTar, match=rf"{name}.tar.*{reason}"):
             scale.embed_tar(encoder, None, str(tmp_path), str(tmp_path), name)
-    assert storage.files_below(tmp_path, ".parquet") == {} and not list(tmp_path.rglob("*.partial"))
+    assert storage.list_files_below(tmp_path, ".parquet") == {} and not list(tmp_path.rglob("*.partial"))
 
 
 def test_a_file_that_cannot_be_written_leaves_nothing_behind(tmp_path):
     (tmp_path / "taken" / "inside").mkdir(parents=True)
     with pytest.raises(OSError):
-        storage.write(tmp_path / "taken", b"content")
+        storage.write_bytes(tmp_path / "taken", b"content")
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
 
 
@@ -220,7 +220,7 @@ def test_the_table_answers_as_the_module_after_every_change(output, encoder, ref
     new = gu.embed_images(encoder, gu.load_images("mini", "validation").subset(range(24)))  # a tenth more, put in twice
     new_ids, new_bias = [f"new/{i}" for i in range(24)], gu.hub_bias(new, references, len(references))
     for _ in range(2):
-        scale.put(table, scale.table_rows(new_ids, new, new_bias))
+        scale.put_rows(table, scale.make_table_rows(new_ids, new, new_bias))
     ids, vectors, bias = np.append(ids, new_ids), np.vstack([vectors, new]), np.append(bias, new_bias)
     check_same(table, ids, vectors, bias, encoder)
 
@@ -232,7 +232,7 @@ def test_the_table_answers_as_the_module_after_every_change(output, encoder, ref
 
     others = gu.embed_texts(encoder, [told[0] for told in gu.load_images("mini", "references").captions[:50]])
     bias = gu.hub_bias(vectors, others, 16)
-    scale.put(table, scale.table_rows(list(ids), vectors, bias))
+    scale.put_rows(table, scale.make_table_rows(list(ids), vectors, bias))
     check_same(table, ids, vectors, bias, encoder)
 
 
@@ -249,10 +249,10 @@ def test_what_was_deleted_never_returns(output, encoder):
 
 def test_filling_again_adds_what_is_new_and_nothing_twice(output, encoder):
     folder = output / "embeddings"
-    later = storage.read(folder / "b.parquet")
+    later = storage.read_bytes(folder / "b.parquet")
     os.remove(folder / "b.parquet")
     assert scale.fill_table(str(output)).count_rows() == 180
-    storage.write(folder / "b.parquet", later)
+    storage.write_bytes(folder / "b.parquet", later)
     assert scale.fill_table(str(output)).count_rows() == 240
     os.remove(output / "table/filled.json")  # as if killed just before it was written
     table = scale.fill_table(str(output))
@@ -262,7 +262,7 @@ def test_filling_again_adds_what_is_new_and_nothing_twice(output, encoder):
 def test_a_tar_that_was_embedded_again_takes_the_place_of_its_old_rows(output, encoder):
     """Its neighbours stay, also one in a folder of the same name."""
     folder = output / "embeddings"
-    vectors, bias = gu.checks.unit_rows(np.random.default_rng(0).normal(size=(7, encoder.dim))), np.zeros(7)
+    vectors, bias = gu.unit_rows(np.random.default_rng(0).normal(size=(7, encoder.dim))), np.zeros(7)
     storage.write_rows(folder / "a/it's.parquet", [f"a/it's.tar/{i}" for i in range(3)], vectors[:3], bias[:3], {})
     assert scale.fill_table(str(output)).count_rows() == 243
     storage.write_rows(folder / "a.parquet", ["a.tar/000.png", "a.tar/new.png"], vectors[5:7], bias[5:7], {})
@@ -278,9 +278,9 @@ def test_where_fewer_are_found_than_asked_for_the_rest_is_marked(output):
 
 def test_a_question_mark_in_an_address_and_references_that_are_nowhere_are_refused(tmp_path):
     with pytest.raises(ValueError, match="leave out what follows the .; AWS_ENDPOINT_URL"):
-        storage.place("s3://photos/tars?endpoint_override=somewhere")
+        storage.find_place("s3://photos/tars?endpoint_override=somewhere")
     with pytest.raises(FileNotFoundError):
-        storage.read(tmp_path / "captions.txt")
+        storage.read_bytes(tmp_path / "captions.txt")
 
 
 def test_an_index_of_3_bits_finds_98_of_100_in_the_mini_world(tmp_path, encoder):
@@ -298,12 +298,12 @@ def test_an_index_of_3_bits_finds_98_of_100_in_the_mini_world(tmp_path, encoder)
 @pytest.mark.parametrize("width", [5, 7, 8, 128, 512])
 def test_a_width_that_is_no_multiple_of_8_never_reaches_the_index(width):
     random = np.random.default_rng(0)
-    vectors, queries = (gu.checks.unit_rows(random.normal(size=(rows, width))) for rows in (20, 6))
+    vectors, queries = (gu.unit_rows(random.normal(size=(rows, width))) for rows in (20, 6))
     bias = random.random(20).astype(np.float32)
-    gallery, asked = scale.padded(vectors, bias), scale.padded(queries)
+    gallery, asked = scale.pad_vectors(vectors, bias), scale.pad_vectors(queries)
     assert gallery.shape[1] % 8 == 0 and gallery.shape[1] - width in range(1, 9)
     np.testing.assert_allclose(asked @ gallery.T, queries @ vectors.T - bias, atol=1e-6)
-    assert scale.table_rows(["a"] * 20, vectors, bias).schema.field("vector").type.list_size == gallery.shape[1]
+    assert scale.make_table_rows(["a"] * 20, vectors, bias).schema.field("vector").type.list_size == gallery.shape[1]
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
@@ -325,9 +325,9 @@ def left_behind(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
 
 
 def test_the_command_embeds_all_names_what_is_broken_and_opens_no_port_but_to_itself(tars, embedded, tmp_path):
-    for name in (*storage.files_below(tars, ".tar"), "bad"):
-        content = b"no tar" * 1000 if name == "bad" else storage.read(f"{tars}/{name}.tar")
-        storage.write(tmp_path / f"in/{name}.tar", content)
+    for name in (*storage.list_files_below(tars, ".tar"), "bad"):
+        content = b"no tar" * 1000 if name == "bad" else storage.read_bytes(f"{tars}/{name}.tar")
+        storage.write_bytes(tmp_path / f"in/{name}.tar", content)
     process = start(tmp_path / "in", tmp_path / "out", "--references", tars / "captions.txt", "--workers", 1)
     family, addresses = {}, set()
     while process.poll() is None:
@@ -352,9 +352,9 @@ def test_the_command_embeds_all_names_what_is_broken_and_opens_no_port_but_to_it
 
 def test_an_output_keeps_to_one_encoder_and_one_set_of_references(tmp_path):
     for _ in range(2):
-        storage.check_settings(tmp_path, {"encoder": "mini", "references": b"a vase"})
+        storage.check_same_settings(tmp_path, {"encoder": "mini", "references": b"a vase"})
     with pytest.raises(ValueError, match=r"references \w{32}, now \w{32}; choose another folder"):
-        storage.check_settings(tmp_path, {"encoder": "mini", "references": b"a flower"})
+        storage.check_same_settings(tmp_path, {"encoder": "mini", "references": b"a flower"})
 
 
 def test_a_folder_without_tars_says_what_to_do(tmp_path):
@@ -371,7 +371,7 @@ def test_a_table_of_no_image_says_so(tmp_path):
 @pytest.mark.slow
 def test_tars_without_a_readable_image_are_named_before_the_table_says_that_it_is_empty(tmp_path):
     pack(tmp_path / "in/no_images.tar", {"a.jpg": b"no image"})
-    storage.write(tmp_path / "in/no_tar.tar", b"no tar" * 1000)
+    storage.write_bytes(tmp_path / "in/no_tar.tar", b"no tar" * 1000)
     code, said, errors = run(tmp_path / "in", tmp_path / "out", "--workers", 1)
     assert code == 1 and "1 images that are not readable: no_images/a.jpg" in said
     assert "no_tar.tar is no tar, or a broken one" in errors and "embeddings has no image" in errors
@@ -418,7 +418,7 @@ print(len(asked))
     allowed = {name: value for name, value in os.environ.items() if name not in ("DO_NOT_TRACK", "SCARF_NO_ANALYTICS")}
     asked = [
         subprocess.run([sys.executable, "-c", code.format(module=module)], env=allowed, capture_output=True, check=True)
-        for module in ("daft", "gpnns_utils.scale")
+        for module in ("daft", "gpnns.scale")
     ]
     alone, through_the_script = (int(result.stdout) for result in asked)
     assert alone > 0, "else this test would notice nothing"

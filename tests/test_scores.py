@@ -15,8 +15,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from threadpoolctl import threadpool_limits
 
 import gpnns_utils as gu
-
-REVISITED = gu.tables  # the notebook defines the protocols of revisited Oxford and Paris
+from gpnns import paper_tables
 
 TOY = np.array([[1.0, 3.0, 6.0, 8.0]])  # relevant at ranks 1, 3, 6, 8 of 8
 
@@ -44,7 +43,7 @@ def test_average_precision_of_the_toy_ranking_is_the_value_each_tool_reports(k, 
 
 
 def test_the_trapezoid_rule_of_revisited_oxford_gives_its_toy_value():
-    assert REVISITED.trapezoid_average_precision(TOY).mean == pytest.approx(0.6244, abs=5e-5)
+    assert paper_tables.trapezoid_average_precision(TOY).mean == pytest.approx(0.6244, abs=5e-5)
 
 
 def test_ranks_are_those_of_a_sorted_list():
@@ -218,7 +217,9 @@ def test_precision_at_5_looks_no_further_than_there_is_something_to_find():
 def test_revisited_protocols_ignore_what_they_should():
     query, gallery = scores_as_vectors([0.95, 0.9, 0.85, 0.8, 0.7])
     truth = [{"easy": [1], "hard": [3], "junk": [0]}]
-    scores = {name: REVISITED.revisited_map(query, gallery, truth, name).mean for name in ("easy", "medium", "hard")}
+    scores = {
+        name: paper_tables.score_revisited(query, gallery, truth, name).mean for name in ("easy", "medium", "hard")
+    }
     assert scores["easy"] == 1.0  # ranks after junk and hard are gone: image 1 is first
     assert scores["hard"] == pytest.approx((0 + 1 / 2) / 2)  # after junk and easy are gone: rank 2
     assert scores["medium"] == pytest.approx((1 + (1 / 2 + 2 / 3) / 2) / 2)  # ranks 1 and 3
@@ -236,7 +237,7 @@ def test_revisited_map_follows_the_reference_loop():
     gallery, queries = unit(rng, 200, 8), unit(rng, 20, 8)
     parts = [np.split(rng.permutation(200)[:60], [15, 35]) for _ in queries]
     truth = [{"easy": a, "hard": b, "junk": c} for a, b, c in parts]
-    ours = REVISITED.revisited_map(queries, gallery, truth).per_query
+    ours = paper_tables.score_revisited(queries, gallery, truth).per_query
     for i, (easy, hard, junk) in enumerate(parts):
         order = [j for j in np.argsort(-(gallery @ queries[i])) if j not in set(junk)]
         ranks = [r for r, j in enumerate(order) if j in set(easy) | set(hard)]
@@ -247,9 +248,9 @@ def test_a_revisited_query_without_positives_is_skipped():
     query, gallery = scores_as_vectors([0.9, 0.8])
     truth = [{"easy": [0], "hard": [], "junk": []}, {"easy": [0], "hard": [1], "junk": []}]
     query = np.concatenate([query, query])
-    hard = REVISITED.revisited_map(query, gallery, truth, "hard")
+    hard = paper_tables.score_revisited(query, gallery, truth, "hard")
     assert np.isnan(hard.per_query[0]) and hard.mean == 1
-    assert REVISITED.revisited_map(query, gallery, truth, "easy").mean == 1
+    assert paper_tables.score_revisited(query, gallery, truth, "easy").mean == 1
 
 
 @pytest.mark.parametrize("temperature", [0.1, 0.07])

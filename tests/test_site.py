@@ -35,7 +35,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
-    writer = load_module(gu.HERE / "notebooks" / "pages.py")
+    writer = load_module(gu.COURSE / "gpnns" / "tools" / "pages.py")
     writer.SITE = tmp_path_factory.mktemp("site")
     (writer.SITE / "old.html").write_text("a page of an earlier site")
     writer.main()
@@ -58,7 +58,7 @@ def test_no_link_is_broken_and_every_page_is_reached_from_the_index_and_back(pag
 
 
 def test_a_link_to_what_has_no_page_leads_to_the_repository():
-    pages = load_module(gu.HERE / "notebooks" / "pages.py")
+    pages = load_module(gu.COURSE / "gpnns" / "tools" / "pages.py")
     folder = gu.HERE / "notebooks"
     assert pages.site_link("02_benchmark_encoders.ipynb", folder) == "02_benchmark_encoders.html"
     assert pages.site_link("notebooks/02_benchmark_encoders.ipynb", gu.HERE) == "02_benchmark_encoders.html"

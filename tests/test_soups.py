@@ -10,6 +10,7 @@ from sklearn.decomposition import PCA
 from torch.optim.swa_utils import AveragedModel, get_swa_multi_avg_fn
 
 import gpnns_utils as gu
+from gpnns import caption_banks, soups
 
 nb = lift("05")
 
@@ -34,7 +35,7 @@ def test_the_uniform_soup_is_torchs_average_of_models():
     theirs = AveragedModel(models[0], multi_avg_fn=get_swa_multi_avg_fn())
     for model in models:
         theirs.update_parameters(model)
-    ours = gu.soups.average([model.state_dict() for model in models])
+    ours = soups.average([model.state_dict() for model in models])
     for key, value in theirs.module.named_parameters():
         torch.testing.assert_close(ours[key], value.detach())
 
@@ -42,9 +43,9 @@ def test_the_uniform_soup_is_torchs_average_of_models():
 @given(st.lists(numbers, min_size=1, max_size=5), st.randoms())
 def test_the_order_does_not_matter_and_the_mean_lies_between_its_ingredients(rows, random):
     states = [state(*row) for row in rows]
-    mean = gu.soups.average(states)["w"]
+    mean = soups.average(states)["w"]
     shuffled = random.sample(states, len(states))
-    torch.testing.assert_close(gu.soups.average(shuffled)["w"], mean, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(soups.average(shuffled)["w"], mean, atol=1e-4, rtol=1e-5)
     assert (mean >= torch.tensor(rows).amin(0) - 1e-4).all() and (mean <= torch.tensor(rows).amax(0) + 1e-4).all()
     np.testing.assert_allclose(nb.average_by_hand(states)["w"], mean, atol=1e-4)
 
@@ -53,27 +54,27 @@ def test_the_order_does_not_matter_and_the_mean_lies_between_its_ingredients(row
 def test_half_precision_is_added_up_in_float32(dtype):
     large = [state(60000.0, 1.0, dtype=dtype) for _ in range(4)]
     small = state(60000.0, 1.0 + 2**-7, dtype=dtype)
-    mean = gu.soups.average([*large, small])["w"]
+    mean = soups.average([*large, small])["w"]
     assert mean.dtype == torch.float32 and torch.isfinite(mean).all()
     assert mean[1].item() == pytest.approx(1 + 2**-7 / 5, abs=1e-6)
 
 
 def test_integers_are_the_first_checkpoints_not_rounded_means():
     first, second = network(0).state_dict() | {"n": torch.tensor(7)}, network(1).state_dict() | {"n": torch.tensor(100)}
-    for soup in (gu.soups.average([first, second]), nb.average_by_hand([first, second])):
+    for soup in (soups.average([first, second]), nb.average_by_hand([first, second])):
         assert soup["n"].item() == 7 and soup["n"].dtype == torch.int64
 
 
 @given(numbers, st.floats(0, 1))
 def test_what_is_the_same_everywhere_stays_so_to_the_last_bit(row, share):
-    same = gu.soups.average([state(*row), state(*row)], [share, 1 - share])["w"]
+    same = soups.average([state(*row), state(*row)], [share, 1 - share])["w"]
     assert torch.equal(same, state(*row)["w"])
 
 
 def test_batch_norm_is_warned_of_because_its_averaged_statistics_may_not_fit():
     states = [torch.nn.BatchNorm1d(2).state_dict() for _ in range(2)]
     with pytest.warns(UserWarning, match="batch norm.*update_bn"):
-        gu.soups.average(states)
+        soups.average(states)
 
 
 def test_a_list_of_one_models_own_tensors_is_refused_and_copies_of_them_are_averaged():
@@ -82,12 +83,12 @@ def test_a_list_of_one_models_own_tensors_is_refused_and_copies_of_them_are_aver
         model.load_state_dict(network(seed).state_dict())
         aliased.append(model.state_dict())
         copies.append({key: value.clone() for key, value in model.state_dict().items()})
-    assert (gu.soups.shared_memory(aliased), gu.soups.shared_memory(copies)) == ("0.weight", None)
+    assert (soups.find_shared_memory(aliased), soups.find_shared_memory(copies)) == ("0.weight", None)
     with pytest.raises(ValueError, match=r"0\.weight is the same memory in several state dicts.*clone\(\) them"):
-        gu.soups.average(aliased)
+        soups.average(aliased)
     assert torch.equal(nb.average_by_hand(aliased)["0.weight"], copies[-1]["0.weight"]), "the published mistake"
     expected = torch.stack([copy["0.weight"] for copy in copies]).mean(0)
-    torch.testing.assert_close(gu.soups.average(copies)["0.weight"], expected)
+    torch.testing.assert_close(soups.average(copies)["0.weight"], expected)
     assert not torch.allclose(expected, copies[-1]["0.weight"])
 
 
@@ -97,11 +98,11 @@ def test_a_soup_shares_no_memory_with_its_ingredients_and_leaves_them_as_they_we
     before = [{key: value.clone() for key, value in one.items()} for one in states]
     arguments = {
         "average": (states,),
-        "mixed": (*states[:2], lambda key: 0.5),
+        "mix_states": (*states[:2], lambda key: 0.5),
         "lines": (*states[:2], 0.5),
         "model_stock": (states[:2], states[2]),
     }
-    for key, value in getattr(gu.soups, method)(*arguments[method]).items():
+    for key, value in getattr(soups, method)(*arguments[method]).items():
         value.zero_()
         assert all(torch.equal(one[key], copy[key]) for one, copy in zip(states, before, strict=True)), key
 
@@ -116,19 +117,19 @@ def test_a_soup_shares_no_memory_with_its_ingredients_and_leaves_them_as_they_we
 )
 def test_checkpoints_that_do_not_fit_are_refused_by_name(other, message):
     first = {"a": torch.ones(2), "b": torch.ones(2)}
-    for function in (gu.soups.average, lambda states: gu.soups.lines(*states, 0.5)):
+    for function in (soups.average, lambda states: soups.lines(*states, 0.5)):
         with pytest.raises(ValueError, match=message):
             function([first, other])
     with pytest.raises(ValueError, match=message.replace("checkpoint 1", "checkpoint 2")):
-        gu.soups.model_stock([{"a": first["a"].clone(), "b": first["b"].clone()}, other], first)
+        soups.model_stock([{"a": first["a"].clone(), "b": first["b"].clone()}, other], first)
 
 
 def test_an_empty_soup_and_wrong_weights_are_refused():
     with pytest.raises(ValueError, match="nothing to average"):
-        gu.soups.average([])
+        soups.average([])
     for weights in ([1.0], [0.5, 0.6], [1, 0, 0]):
         with pytest.raises(ValueError, match="2 checkpoints need as many weights that sum to 1"):
-            gu.soups.average([state(1.0), state(2.0)], weights)
+            soups.average([state(1.0), state(2.0)], weights)
 
 
 # --- greedy ---
@@ -143,7 +144,7 @@ def test_greedy_never_falls_below_the_best_single_and_stops_where_nothing_rises(
         return -(soup["w"] - 1).square().sum().item()
 
     chosen, trials = nb.greedy(states, score)
-    alone, soup = [score(one) for one in states], gu.soups.average([states[i] for i in chosen])
+    alone, soup = [score(one) for one in states], soups.average([states[i] for i in chosen])
     assert score(soup) >= max(alone) - 1e-6 and len(trials) == len(states) - 1
     assert alone[chosen[0]] == max(alone) and len(set(chosen)) == len(chosen)
     taken = [trial for trial in trials if trial["tried"] in chosen]
@@ -170,11 +171,11 @@ def test_equal_scores_add_nothing():
 def test_lines_scales_the_change_by_depth_in_each_tower_on_its_own(capsys):
     names = [f"visual.transformer.resblocks.{i}.w" for i in range(5)] + [f"transformer.resblocks.{i}.w" for i in (0, 1)]
     after = {name: torch.ones(2) for name in [*names, "visual.proj"]}
-    soup = gu.soups.lines({name: torch.zeros(2) for name in after}, after, 0.2)
+    soup = soups.lines({name: torch.zeros(2) for name in after}, after, 0.2)
     assert [round(soup[name][0].item(), 3) for name in after] == [0.2, 0.4, 0.6, 0.8, 1.0, 0.2, 1.0, 0.2]
     stages = ["conv1.w", "layer1.0.w", "layer2.0.w", "layer3.5.w", "fc.w"]
-    assert list(gu.soups.depths(stages).values()) == [0, 0, 0.5, 1, 0], "a ResNet's stages are its blocks"
-    assert gu.soups.lines(state(1.0), state(2.0), 0.5)["w"].item() == 1.5
+    assert list(soups.find_depths(stages).values()) == [0, 0, 0.5, 1, 0], "a ResNet's stages are its blocks"
+    assert soups.lines(state(1.0), state(2.0), 0.5)["w"].item() == 1.5
     assert "LiNeS finds no depth" in capsys.readouterr().out
 
 
@@ -183,7 +184,7 @@ def test_lines_with_share_one_changes_nothing():
         {"blocks.0.w": torch.zeros(2), "b": torch.zeros(1)},
         {"blocks.0.w": torch.ones(2), "b": torch.ones(1)},
     )
-    assert all(torch.equal(value, after[key]) for key, value in gu.soups.lines(before, after, 1.0).items())
+    assert all(torch.equal(value, after[key]) for key, value in soups.lines(before, after, 1.0).items())
 
 
 @pytest.mark.parametrize(("degrees", "share"), [(0, 1.0), (60, 2 / 3), (90, 0.0), (120, 0.0)])
@@ -191,7 +192,7 @@ def test_model_stock_keeps_of_the_mean_what_two_models_agree_on(degrees, share):
     angle = np.deg2rad(degrees)
     start, one = state(1.0, 2.0), state(2.0, 2.0)
     other = {"w": start["w"] + torch.tensor([np.cos(angle), np.sin(angle)], dtype=torch.float32)}
-    soup = gu.soups.model_stock([one, other], start)["w"]
+    soup = soups.model_stock([one, other], start)["w"]
     mean = (one["w"] + other["w"]) / 2
     torch.testing.assert_close(soup, start["w"] + share * (mean - start["w"]), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(soup, nb.model_stock_by_hand([one["w"], other["w"]], start["w"]), atol=1e-5, rtol=1e-5)
@@ -204,7 +205,7 @@ def test_model_stock_of_n_models_agrees_with_the_formula_and_with_tensors_that_d
     start = {"w": torch.zeros(500), "still": torch.ones(3)}
     states = [{"w": torch.tensor(move, dtype=torch.float32), "still": torch.ones(3)} for move in moves]
     cosine = np.mean([np.corrcoef(a, b)[0, 1] for i, a in enumerate(moves) for b in moves[:i]])
-    soup = gu.soups.model_stock(states, start)
+    soup = soups.model_stock(states, start)
     np.testing.assert_allclose(soup["w"], 4 * cosine / (1 + 3 * cosine) * np.mean(moves, axis=0), atol=0.02)
     assert torch.equal(soup["still"], torch.ones(3))
 
@@ -238,11 +239,11 @@ def test_the_challenges_measure_looks_no_further_than_there_is_something_to_find
 
 
 def test_names_of_things_are_the_classes_or_what_the_drawn_worlds_bank_tells(folder):
-    assert gu.captions.names_of_things(gu.load_images(str(folder))) == ["blue", "green", "red"]
-    assert len(gu.captions.names_of_things(gu.load_images("mini", "validation"))) == 2389  # every third of 7,165
+    assert caption_banks.load_names(gu.load_images(str(folder))) == ["blue", "green", "red"]
+    assert len(caption_banks.load_names(gu.load_images("mini", "validation"))) == 2389  # every third of 7,165
 
 
 def test_an_encoder_without_a_text_tower_takes_the_directions_of_images_and_says_so(capsys):
     images = np.eye(3, dtype=np.float32)
-    assert gu.captions.embed_names(gu.load_encoder("pixels"), ["a cup"], images) is images
+    assert caption_banks.embed_names(gu.load_encoder("pixels"), ["a cup"], images) is images
     assert "pixels has no text tower" in capsys.readouterr().out

@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 import gpnns_utils as gu
+from gpnns import losses, training_loop
+from gpnns.encoders import checkpoints
 
 
 def die() -> None:
@@ -40,7 +42,7 @@ class Objective(torch.nn.Module):
         super().__init__()
         layers = [torch.nn.Linear(10, 16), torch.nn.ReLU(), torch.nn.Dropout(dropout), torch.nn.Linear(16, 8)]
         self.tower = torch.nn.Sequential(*layers)
-        self.loss = gu.training.ArcMargin(8, 12, 10, 0.1, sampled=sampled)
+        self.loss = losses.ArcMargin(8, 12, 10, 0.1, sampled=sampled)
 
     def forward(self, points, labels):
         return self.loss(self.tower(points), labels)
@@ -69,7 +71,7 @@ def train_small(
         gu.best_precision = lambda device: torch.bfloat16
     if folder_of_its_own:
         folder = folder / str(rank)
-        gu.training.SHARED_WITHIN = 1.0
+        training_loop.SHARED_WITHIN = 1.0
     torch.manual_seed(rank)  # `fit` gives all processes the first one's weights
     torch.set_num_threads(1)
     objective, dataset, calls = Objective(dropout, sampled), Points(kill_at_item), []
@@ -88,7 +90,7 @@ def train_small(
         {"params": objective.tower.parameters(), "lr": 1e-2, "weight_decay": 0.01},
         {"params": objective.loss.parameters(), "lr": 3e-2},
     ]
-    log = gu.training.fit(
+    log = training_loop.fit(
         objective, dataset, folder, groups, epochs=3, batch_size=16, accumulate=2, warmup=2, save_every=2,
         ema=ema, validate=validate, seed=7,
     )  # fmt: skip
@@ -106,4 +108,4 @@ def save_random(path: Path, largest_file: int) -> None:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     encoder = gu.load_encoder("random")
     resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
-    gu.save_checkpoint(encoder, path)
+    checkpoints.save_checkpoint(encoder, path)

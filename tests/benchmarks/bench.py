@@ -23,6 +23,8 @@ import psutil
 import scipy.stats
 
 import gpnns_utils as gu
+from gpnns import losses
+from gpnns.images import downloads
 
 
 def gpr1200_like(classes: int = 1200, per_class: int = 10, dim: int = 512) -> tuple[np.ndarray, np.ndarray]:
@@ -158,10 +160,10 @@ def make_step(name: str, classes: int):
     torch.manual_seed(0)
     theirs = {"num_classes": classes, "embedding_size": DIM, "margin": 17.2, "scale": 30}
     loss = {
-        "full": lambda: gu.training.ArcMargin(DIM, classes, 30, 0.3),
-        "full, 3 centers": lambda: gu.training.ArcMargin(DIM, classes, 30, 0.3, centers=3),
-        "sampled": lambda: gu.training.ArcMargin(DIM, classes, 30, 0.3, sampled=SAMPLED),
-        "sampled, 3 centers": lambda: gu.training.ArcMargin(DIM, classes, 30, 0.3, centers=3, sampled=SAMPLED),
+        "full": lambda: losses.ArcMargin(DIM, classes, 30, 0.3),
+        "full, 3 centers": lambda: losses.ArcMargin(DIM, classes, 30, 0.3, centers=3),
+        "sampled": lambda: losses.ArcMargin(DIM, classes, 30, 0.3, sampled=SAMPLED),
+        "sampled, 3 centers": lambda: losses.ArcMargin(DIM, classes, 30, 0.3, centers=3, sampled=SAMPLED),
         "ArcFaceLoss": lambda: ArcFaceLoss(**theirs),
         "SubCenterArcFaceLoss": lambda: SubCenterArcFaceLoss(**theirs, sub_centers=3),
     }[name]()
@@ -375,7 +377,7 @@ def embed_from_files(device: str, models: dict[str, int], number: int, repeats: 
         with tempfile.TemporaryDirectory() as folder:
             write_photos(Path(folder), number)
             photos = gu.load_images(folder)
-            rows = gu.consecutive(number, batch_size)
+            rows = gu.split_rows(number, batch_size)
             first = torch.stack([encoder.preprocess(photos[i]) for i in rows[0]]).to(encoder.device)
 
             def bare(encoder=encoder, rows=rows, first=first):
@@ -469,7 +471,7 @@ def libraries(repeats: int) -> dict:
                 lambda: ((counts - counts.mean()) ** 3).mean() / counts.std() ** 3,
             ),
             "unpacking: tarfile's filter": (
-                lambda: gu.datasets.extract(folder / "photos.tar", folder / "a"),
+                lambda: downloads.extract_members(folder / "photos.tar", folder / "a"),
                 lambda: plain_untar(folder / "photos.tar", folder / "b"),
             ),
         }

@@ -1,0 +1,1 @@
+"""Encoders by name, checkpoints, heads, licences."""

@@ -1,0 +1,1 @@
+"""Images by name, and of one's own: folders, tables, tars."""

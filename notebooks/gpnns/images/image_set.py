@@ -1,0 +1,268 @@
+"""An ImageSet: images and what is known of them; joining sets, and opening an image file.
+
+It stands below `gpnns_utils`, which embeds sets of images, and imports nothing of the course but how texts are printed.
+
+the set -> what a set says -> opening a file
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import os
+import stat
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from gpnns.images import text_files
+
+# --- a set of images -------------------------------------------------------------------------------------------------
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+NO_LABELS = "has no labels: put each class into a folder of its own, or add a column 'label'"
+PER_IMAGE = (
+    "images",
+    "labels",
+    "groups",
+    "captions",
+    "crops",
+    "rows",
+)  # the fields of an ImageSet with one entry per image
+
+
+@dataclass
+class ImageSet:
+    """Images and what is known about them. All fields but `names` have one entry per image.
+
+    images: list of paths, or uint8 array (n, height, width, 3). labels: int64 (n,) class numbers. groups: (n,) domain
+    names. captions: n lists of strings (a single string is taken as a list of one). names: class number -> readable
+    name. left_out: files that could not be read, each with the reason. crops: int (n, 4), the part that counts of each
+    picture file: left, top, right, bottom in pixels; a right or bottom below 1 counts from the other edge. rows: int64 (n,),
+    which row of the first, whole set each image was: embeddings from before and after `leave_out` are matched by them.
+
+    Raises ValueError for fields that do not belong together.
+    """
+
+    name: str
+    images: Sequence[Path] | np.ndarray
+    labels: np.ndarray | None = None
+    groups: np.ndarray | None = None
+    captions: list[list[str]] | None = None
+    names: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    crops: np.ndarray | None = None
+    rows: np.ndarray | None = None
+
+    def __post_init__(self):
+        if isinstance(self.images, (str, Path)):
+            raise ValueError(f"images must be a list of paths, not {self.images!r}; load_images reads a folder")
+        if isinstance(self.images, np.ndarray) and (self.images.dtype != np.uint8 or self.images.shape[3:] != (3,)):
+            raise ValueError(
+                f"{self.name}: an array of images is uint8 (n, height, width, 3), not {self.images.dtype} {self.images.shape}"
+            )
+        if not isinstance(self.images, np.ndarray) and (
+            wrong := [image for image in self.images if not isinstance(image, (str, Path))]
+        ):
+            raise ValueError(
+                f"{self.name}: images are paths, or one uint8 array (n, height, width, 3), not {type(wrong[0])}"
+            )
+        self.rows = np.arange(len(self)) if self.rows is None else self.rows
+        self.names = list(self.names)
+        for part in PER_IMAGE[1:]:
+            values = getattr(self, part)
+            if isinstance(values, str) or (values is not None and len(values) != len(self)):
+                raise ValueError(f"{self.name}: {part} needs one entry for each of {len(self)} images")
+        if self.labels is not None:
+            self.labels = np.asarray(self.labels) if len(self) else np.empty(0, dtype=np.int64)
+            if self.labels.ndim != 1:
+                raise ValueError(f"{self.name}: labels are one number for each image, not an array {self.labels.shape}")
+            if self.labels.dtype.kind not in "iu" or (len(self) and self.labels.min() < 0):
+                raise ValueError(
+                    f"{self.name}: labels are class numbers from 0, not {self.labels.dtype} such as {self.labels[0]!r}; "
+                    "names, labels = np.unique(texts, return_inverse=True) makes them from texts"
+                )
+            if self.names and len(self) and self.labels.max() >= len(self.names):
+                raise ValueError(f"{self.name}: label {self.labels.max()} has no name; there are {len(self.names)}")
+        self.groups = None if self.groups is None else np.asarray(self.groups)
+        self.crops = None if self.crops is None else np.asarray(self.crops)
+        if self.captions is not None:
+            listed = [one if isinstance(one, (list, tuple)) else [] if one is None else [one] for one in self.captions]
+            self.captions = [list(one) for one in listed]
+            if wrong := [one for some in self.captions for one in some if not isinstance(one, str)]:
+                raise ValueError(f"{self.name}: captions are lists of strings for each image, not {wrong[0]!r}")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, row: int) -> Image.Image:
+        image = self.images[row]
+        if isinstance(self.images, np.ndarray):
+            return Image.fromarray(np.asarray(image))
+        return open_image(image, None if self.crops is None else self.crops[row])
+
+    def describe(self, row: int) -> str:
+        """Where an image comes from, for messages: its path, or its row."""
+        array = isinstance(self.images, np.ndarray)
+        return f"row {row} of {self.name}" if array else text_files.to_printable(self.images[row])
+
+    def subset(self, rows: Sequence[int] | np.ndarray) -> ImageSet:
+        """The images of `rows` (numbers, or a boolean mask) as a new set. ValueError for rows that are not there."""
+        rows = np.asarray(rows, dtype=None if len(rows) else int)
+        if rows.dtype == bool and len(rows) == len(self):
+            rows = np.flatnonzero(rows)
+        if rows.ndim != 1 or rows.dtype.kind not in "iu":
+            raise ValueError(f"{self.name}: rows are numbers, or a mask of {len(self)}, not {rows.dtype} {rows.shape}")
+        if wrong := [row for row in rows.tolist() if not 0 <= row < len(self)]:
+            raise ValueError(f"{self.name}: {wrong[0]} is no row of {len(self)}")
+        parts = {part: values for part in PER_IMAGE if (values := getattr(self, part)) is not None}
+        parts = {k: v[rows] if isinstance(v, np.ndarray) else [v[i] for i in rows] for k, v in parts.items()}
+        return replace(self, **parts, left_out=list(self.left_out))
+
+    def digest(self, row: int) -> bytes:
+        """A hash of an image's content (file bytes or pixels); of its path when the file cannot be opened."""
+        image = self.images[row]
+        try:
+            if isinstance(self.images, np.ndarray):
+                content = image.tobytes() + str(image.shape).encode()
+            else:
+                check_regular_file(image)
+                crop = "" if self.crops is None else repr(self.crops[row].tolist())
+                content = Path(image).read_bytes() + crop.encode()
+        except (OSError, ValueError):
+            content = b"unreadable " + os.fsencode(image)
+        return hashlib.blake2b(content, digest_size=16).digest()
+
+    def digests(self) -> list[bytes]:
+        """`digest` of every image. Files are read by several threads: a disk, or a network, answers many at once."""
+        with ThreadPoolExecutor(8) as pool:
+            return list(pool.map(self.digest, range(len(self))))
+
+    def leave_out(self, rows: np.ndarray, why: str = "cannot be read") -> None:
+        """Take out images that cannot be used, and say so once: in `left_out`, and in a warning."""
+        reasons = []
+        for row in rows:
+            try:
+                self[row]
+                reasons.append(self.describe(row))
+            except Exception as error:
+                reasons.append(f"{self.describe(row)} ({type(error).__name__})")
+        total = len(self)
+        if len(rows) == total:
+            raise ValueError(f"{self.name}: all {total} images {why}; the first is {reasons[0]}")
+        kept = self.subset(np.setdiff1d(np.arange(total), rows))
+        for part in PER_IMAGE:
+            setattr(self, part, getattr(kept, part))
+        self.left_out += reasons
+        shown = ", ".join(reasons[:5]) + (f" and {len(reasons) - 5} more" if len(reasons) > 5 else "")
+        warnings.warn(f"{self.name}: {len(rows)} of {total} images {why} and are left out: {shown}", stacklevel=3)
+
+
+def text_queries(images: ImageSet) -> tuple[list[str], list[np.ndarray]]:
+    """Every caption of a set once, in alphabetical order, and for each the rows of the images that carry it."""
+    carried = {}
+    for row, captions in enumerate(images.captions or []):
+        for caption in dict.fromkeys(caption for caption in captions if caption.strip()):
+            carried.setdefault(caption, []).append(row)
+    return sorted(carried), [np.array(carried[caption]) for caption in sorted(carried)]
+
+
+def group_masks(images: ImageSet) -> dict[str, np.ndarray]:
+    """Which images belong to each group, {name: bool (n,)}, in the order in which they come; nothing where none is known."""
+    groups = [] if images.groups is None else images.groups
+    return {str(name): np.asarray(groups) == name for name in dict.fromkeys(groups)}
+
+
+def group_rows(images: ImageSet, most: int = 6) -> dict[str, np.ndarray]:
+    """The rows of each group of a set, by name, of at most `most` groups; of equal parts where no groups are known."""
+    if found := group_masks(images):
+        return {name: np.flatnonzero(inside) for name, inside in list(found.items())[:most]}
+    cut = np.array_split(np.arange(len(images)), most)
+    return {f"part {i}": rows for i, rows in enumerate(cut, 1) if len(rows)}
+
+
+def class_texts(images: ImageSet) -> tuple[list[str], np.ndarray]:
+    """One text for each class: the longest caption that all of its images share, or else its name. Classes may share one.
+
+    Returns the texts in alphabetical order and, for each image, the number of its own, int64 (n,).
+    """
+    shared = {}
+    for label, captions in zip(images.labels, images.captions or [[]] * len(images), strict=True):
+        told = {caption for caption in captions if caption.strip()}
+        shared[label] = shared.get(label, told) & told
+    text_of = {label: max(sorted(told), key=len, default=images.names[label]) for label, told in shared.items()}
+    number = {text: i for i, text in enumerate(sorted(set(text_of.values())))}
+    return list(number), np.array([number[text_of[label]] for label in images.labels], dtype=np.int64)
+
+
+def open_image(path: Path | io.BytesIO, crop: Sequence[int] | None = None) -> Image.Image:
+    """Read an image as RGB: turned upright as its EXIF data say, transparent parts on white, 16 bits and shares cut to 8.
+
+    path: a file, or the bytes of one. crop: a box as in `ImageSet.crops`, in the pixels of the file.
+    """
+    if not isinstance(path, io.BytesIO):
+        check_regular_file(path)
+    with Image.open(path) as image:
+        if crop is not None:
+            left, top, right, bottom = (int(edge) for edge in crop)
+            right, bottom = right + image.width * (right < 1), bottom + image.height * (bottom < 1)
+            image = image.crop((left, top, min(right, image.width), min(bottom, image.height)))
+        image = ImageOps.exif_transpose(image)
+        if image.mode[0] in "IF":
+            image = to_eight_bits(np.asarray(image))
+        if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA"):
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+
+
+def open_or_none(read: Callable[[], Image.Image]) -> Image.Image | None:
+    """What `read()` gives, or None for a file that cannot be read; when it is the machine that fails, that is raised."""
+    try:
+        return read()
+    except Exception as error:  # a decoder may raise anything on broken data
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) in EXHAUSTED:
+            raise  # not the file's trouble: stop, and go on later
+        return None
+
+
+def to_eight_bits(values: np.ndarray) -> Image.Image:
+    """Gray values as 8 bits: of 16 bits, of 8 in wider numbers, or from 0 to 1. ValueError for others, such as heights."""
+    low, high = values.min(), values.max()
+    most = 1 if values.dtype.kind == "f" and high <= 1 else 255 if high <= 255 and values.itemsize > 2 else 65_535
+    if not 0 <= low <= high <= most or (values.dtype.kind == "f" and most > 1):
+        raise ValueError(f"its values go from {low} to {high}; save it with 8 or 16 bits")
+    return Image.fromarray(
+        (values * (255 / most)).astype(np.uint8) if most <= 255 else (values // 257).astype(np.uint8)
+    )
+
+
+def check_regular_file(path: Path) -> None:
+    """ValueError for what only looks like a file: a pipe would be waited on for ever."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError(f"{path} is no regular file")
+
+
+# --- reading with several processes ----------------------------------------------------------------------------------
+
+EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # errors of a machine short of file handles or memory
+
+
+SYSTEM = {  # folders that file managers, archives and network disks add to every other
+    "__MACOSX", "@eaDir", "#recycle", "@Recycle", "#snapshot", "$RECYCLE.BIN", "RECYCLER", "System Volume Information",
+    "lost+found", "__pycache__",
+}  # fmt: skip
+
+
+def is_hidden(name: str) -> bool:
+    return name.startswith(".") or name in SYSTEM
+
+
+def is_image(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith(".")

@@ -1,0 +1,485 @@
+"""gpnns.images.own_images"""
+
+from __future__ import annotations
+
+import collections
+import csv
+import functools
+import hashlib
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from PIL import Image
+
+import gpnns_utils as gu
+from gpnns.images import downloads, text_files, walking
+
+# --- folders ---------------------------------------------------------------------------------------------------------
+
+PICTURES = {  # what people mean by a picture; `readable` says which of them Pillow reads here
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".avif", ".heic",
+    ".heif", ".jxl", ".jp2", ".j2k", ".jpx", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".psd", ".svg", ".eps", ".pcx", ".qoi",
+    ".exr", ".dds", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".raw",
+}  # fmt: skip
+SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "val", "valid", "dev"),
+    "test": ("test", "testing"),
+    "query": ("query", "queries"),
+    "gallery": ("gallery", "index"),
+}
+
+
+def list_readable_suffixes() -> set[str]:
+    """The suffixes of `PICTURES` that this Pillow, with the plugins that are registered now, can read."""
+    Image.init()
+    return {suffix for suffix in PICTURES if Image.EXTENSION.get(suffix) in Image.OPEN}
+
+
+def get_suffix(path: str | Path) -> str:
+    return os.path.splitext(path)[1].lower()
+
+
+def parse_split(name: str) -> str:
+    """The split that a folder or a cell of a table names: "val" is "validation". "" for any other name."""
+    name = re.sub(r"[-_ ]*(set|split|images|(19|20)\d\d)$", "", name.casefold())  # train_set, val2017
+    return next((split for split, names in SPLITS.items() if name in names), "")
+
+
+def are_splits(inside: set[str]) -> bool:
+    """Whether folders are splits: all, or at least two, are named like one. A class may be called "test" beside others."""
+    splits = [parse_split(name) for name in inside if parse_split(name)]
+    return bool(splits) and (len(splits) == len(inside) or len(set(splits)) > 1)
+
+
+def choose_split(folder: Path, inside: set[str], split: str) -> str | None:
+    """The subfolder that holds `split`, or None where the subfolders `inside`, which hold images, are no splits.
+
+    ValueError where they are others, or two mean the same.
+    """
+    splits = {name: parse_split(name) for name in sorted(inside) if parse_split(name)}
+    asked = parse_split(split) or split
+    if asked not in SPLITS and split in inside:
+        return split
+    if not are_splits(inside):
+        return None
+    fitting = [name for name, meant in splits.items() if meant == asked]
+    if len(fitting) == 1:
+        return fitting[0]
+    wrong = f"both {' and '.join(fitting)}" if fitting else f"{', '.join(splits)}, but no {split}"
+    raise ValueError(
+        f"{folder} has {wrong}: images of several splits are not measured together. Give one of them, such as "
+        f"{folder / (fitting or list(splits))[0]}, or name the one that you mean {split}"
+    )
+
+
+def has_split(source: Path, split: str) -> bool:
+    """Whether a folder or a table of one's own has images of this split, apart from others."""
+    if source.is_dir():
+        _, inside, _ = find_splits(source, walking.list_files(source)[0])
+        return are_splits(inside) and split in map(parse_split, inside)
+    if get_suffix(source) not in TABLES:
+        return False
+    columns, _, lines = open_table(source)
+    return "split" in columns and any(parse_split(text_files.to_text(line["split"])) == split for _, line in lines)
+
+
+def find_splits(folder: Path, files: list[Path]) -> tuple[Path, set[str], list[Path]]:
+    """Where the splits or classes lie, mostly in `folder` itself; the names of its subfolders with pictures; and those
+    pictures, or tars where there are none."""
+    pictures = [path for path in files if get_suffix(path) in PICTURES]
+    pictures = pictures or [path for path in files if get_suffix(path) == ".tar"]
+    place, inside = folder, list_folders_with(pictures, folder)
+    while len(inside) == 1 and not are_splits(inside):  # perhaps a folder around them
+        place = place / min(inside)
+        inside = list_folders_with(pictures, place)
+    if not are_splits(inside) or any(path.parent == place for path in pictures):
+        place = folder
+    return place, list_folders_with(pictures, place), pictures
+
+
+def list_folders_with(paths: list[Path], folder: Path) -> set[str]:
+    """The names of the subfolders in which some of the paths lie."""
+    return {
+        path.relative_to(folder).parts[0] for path in paths if path.parent != folder and path.is_relative_to(folder)
+    }
+
+
+def choose_shards(shards: list[Path], split: str) -> list[Path]:
+    """The tars of a split where their names tell it, as in train-0000.tar; else all. ValueError when there are none."""
+    splits = {path: parse_split(re.split(r"[-_.\d]", path.stem)[0]) for path in shards}
+    if not any(splits.values()):
+        return shards
+    fitting = [path for path, meant in splits.items() if meant == (parse_split(split) or split)]
+    if not fitting:
+        raise ValueError(f"{shards[0].parent} has tars of {', '.join(sorted(set(splits.values())))}, but no {split}")
+    return fitting
+
+
+def read_folder(folder: Path, split: str) -> tuple[list[dict], list[str], list[str]]:
+    """The images below `folder`, with label and group from the names of its folders."""
+    files, passed = walking.list_files(folder)
+    known = list_readable_suffixes()
+    folder, inside, pictures = find_splits(folder, files)
+    tars = [path for path in files if get_suffix(path) == ".tar" and path not in pictures]
+    unread = f"{len(tars)} tar files beside the pictures passed over" if tars else ""
+    part = choose_split(folder, inside, split)
+    top = folder / part if part else folder
+    notes = [f"split {part}" if part else "no splits"]
+    if part and (others := sorted(name for name in inside if not parse_split(name) and name != part)):
+        notes.append(f"folders beside the splits passed over: {', '.join(others)}")
+    if part and (beside := sorted(name for name in inside if name != part and parse_split(name))):
+        notes.append(f"beside it {', '.join(beside)}")
+    if part and (loose := sum(path.parent == folder for path in pictures)):
+        notes.append(f"{loose} pictures beside the splits passed over")
+    notes += [unread] if unread else []
+    notes += [f"passed over: {', '.join(passed)}"] if passed else []
+    pictures = [path for path in pictures if path.is_relative_to(top)]
+    paths = [path for path in pictures if get_suffix(path) in known]
+    left_out = [
+        f"{text_files.to_printable(p)} (this Pillow cannot read {get_suffix(p)})"
+        for p in pictures
+        if get_suffix(p) not in known
+    ]
+    if shards := [path for path in pictures if get_suffix(path) == ".tar"]:
+        rows, left_out, more = read_shards(shards if part else choose_shards(shards, split))
+        return rows, left_out, notes + more
+    if not paths:
+        kinds = sorted({get_suffix(path) or "no suffix" for path in files if path.is_relative_to(top)})
+        found = f"found only files with {', '.join(kinds[:8])}" if kinds else "it is empty"
+        raise ValueError(f"no images below {top.absolute()}: {found}; readable here: {', '.join(sorted(known))}")
+    rows = []
+    for path in paths:
+        *above, label = map(text_files.to_printable, path.relative_to(top).parts[:-1] or ("",))
+        rows.append({"path": path, "label": label, "group": "/".join(above)})
+    if {parse_split(row["label"]) for row in rows}.isdisjoint({""}) and any(row["group"] for row in rows):
+        raise ValueError(
+            f"{top}: the splits lie inside the classes ({text_files.to_printable(paths[0].relative_to(top))}), so every image would "
+            "belong to a class called like a split; arrange the folders as split/class/file"
+        )
+    bank = next((path for path in (top / "captions.json", folder / "captions.json") if path.exists()), None)
+    return rows, left_out, notes + (add_captions(rows, bank, top) if bank else [])
+
+
+# --- captions --------------------------------------------------------------------------------------------------------
+
+
+def add_captions(rows: list[dict], path: Path, top: Path) -> list[str]:
+    """Give rows the captions of a captions.json: {label, or path of an image: a caption, a list of them, or {"captions":
+    a list}}. Returns notes; ValueError when nothing in it belongs to an image."""
+    given = text_files.read_json(path)
+    if not isinstance(given, dict):
+        raise ValueError(f'{path} must hold {{"label": ["a caption", ...], ...}}, not a {type(given).__name__}')
+    captions = {}
+    for key, value in given.items():
+        try:
+            if isinstance(value, dict):
+                if not {"captions", "caption"} & value.keys():
+                    raise ValueError(f"a dict without 'captions' ({', '.join(map(str, value))})")
+                value = value.get("captions", value.get("caption"))
+            captions[text_files.to_printable(key)] = text_files.to_texts(value)
+        except ValueError as error:
+            raise ValueError(f"{path}, {key!r}: {error}; give a list of texts") from error
+    used, alike = set(), collections.Counter(text_files.to_printable(row["path"].name) for row in rows)
+    for row in rows:
+        names = (
+            row["label"],
+            text_files.to_printable(row["path"].relative_to(top).as_posix()),
+            text_files.to_printable(row["path"].name),
+        )
+        found = [name for name in dict.fromkeys(names) if name in captions]
+        if names[2] in found and names[2] not in names[:2] and alike[names[2]] > 1:
+            raise ValueError(
+                f"{path}: {names[2]!r} names {alike[names[2]]} images; write the folder too, as in {names[1]!r}"
+            )
+        row["captions"] = [text for name in found for text in captions[name]]
+        used.update(found)
+    unused = [key for key in captions if key not in used]
+    if unused and not used:
+        raise ValueError(
+            f"{path}: none of its keys, such as {unused[0]!r}, is the name of a class or of an image below {top}"
+        )
+    return [f"no image for {len(unused)} keys of {path.name}: {', '.join(unused[:3])}"] if unused else []
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+COLUMNS = {  # the names that other programs give to the columns; the first that is there counts
+    "path": ("path", "filepath", "file_path", "filename", "file_name", "file", "image", "image_path", "img_path", "img"),
+    "label": ("label", "class", "class_name", "category", "labels", "class_id", "target"),
+    "group": ("group", "domain"),
+    "caption": ("caption", "captions", "title", "text"),
+    "split": ("split",),
+}  # fmt: skip
+TABLES = (".csv", ".tsv", ".parquet")
+
+
+def find_columns(header: Sequence[str], path: Path) -> dict[str, str]:
+    """Column of ours -> the name that it has in the header of a file. ValueError for two that are called the same."""
+    names = {}
+    for name in header:
+        plain = str(name).strip().casefold().replace(" ", "_")
+        if plain in names and plain in sum(COLUMNS.values(), ()):
+            raise ValueError(f"{path}: two columns are called {plain!r}; rename one")
+        names[plain] = name
+    found = {column: next((names[n] for n in known if n in names), None) for column, known in COLUMNS.items()}
+    return {column: name for column, name in found.items() if name is not None}
+
+
+def open_table(path: Path, needs: str = "path") -> tuple[dict[str, str], list[str], Iterator[tuple[int, dict]]]:
+    """A .csv, .tsv or .parquet table: its columns (ours -> theirs), those that are not used, and its rows with the
+    number of their line, read as they are asked for. ValueError without a column `needs`, and for a damaged row."""
+    header, rows = read_parquet_rows(path) if get_suffix(path) == ".parquet" else read_text_rows(path, needs)
+    columns = find_columns(header, path)
+    if needs not in columns:
+        first = ", ".join(map(str, header))[:200]
+        remedy = f"name it {needs!r}"
+        if any(get_suffix(str(name)) in PICTURES for name in header):
+            remedy = "it seems to be an image already: write a line such as 'path,label' above it"
+        raise ValueError(f"{path} has no column {needs!r}; its first line holds {first or 'nothing'}; {remedy}")
+    names = list(map(str, header))
+
+    def dicts() -> Iterator[tuple[int, dict]]:
+        for number, cells in rows:
+            if len(cells) != len(names):
+                raise ValueError(
+                    f"{path}, line {number} has {len(cells)} columns where the first line has {len(names)}; put texts "
+                    "that hold the character between columns in quotation marks"
+                )
+            row = dict(zip(names, cells, strict=True))
+            yield number, {column: row[name] for column, name in columns.items()}
+
+    return columns, [name for name in names if name not in columns.values()], dicts()
+
+
+def read_text_rows(path: Path, needs: str) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
+    """Header and rows of a .csv or .tsv file."""
+    lines = text_files.read_text_lines(path)
+    first = next((line for line in lines if line.strip()), "").rstrip("\n")
+    betweens = ("\t",) if get_suffix(path) == ".tsv" else (",", ";", "\t", "|")
+    headers = [next(csv.reader([first], delimiter=between, skipinitialspace=True), []) for between in betweens]
+    fitting = [i for i, header in enumerate(headers) if needs in find_columns(header, path)]
+    chosen = fitting[0] if fitting else max(range(len(headers)), key=lambda i: len(headers[i]))
+    # A text of a .tsv may begin with a quotation mark, which then is one; in a .csv it must close what it opens.
+    rows = read_tab_rows(lines) if betweens[chosen] == "\t" else read_comma_rows(path, lines, betweens[chosen])
+    return headers[chosen], rows
+
+
+def read_tab_rows(lines: Iterator[str]) -> Iterator[tuple[int, list[str]]]:
+    for number, line in enumerate(lines, 2):
+        if line.strip():
+            yield number, [unquote(cell) for cell in line.rstrip("\n").split("\t")]
+
+
+def unquote(cell: str) -> str:
+    """A cell without the quotation marks that spreadsheets put around a text, and double inside of it."""
+    inner = cell[1:-1]
+    quoted = len(cell) > 1 and cell[0] == cell[-1] == '"' and '"' not in inner.replace('""', "")
+    return inner.replace('""', '"') if quoted else cell
+
+
+def read_comma_rows(path: Path, lines: Iterator[str], between: str) -> Iterator[tuple[int, list[str]]]:
+    reader = csv.reader(lines, delimiter=between, skipinitialspace=True, strict=True)
+    while True:
+        number = reader.line_num + 2  # where this row begins; the header is line 1
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            raise ValueError(f"{path}, line {number}: {error}; {CLOSED}") from error
+        if cells is None:
+            return
+        inner = [line for cell in cells for line in cell.split("\n")[1:]]
+        if any(get_suffix(line.split(between)[0].strip()) in PICTURES for line in inner):
+            raise ValueError(f"{path}, line {number}: a quotation mark takes in the lines after it; {CLOSED}")
+        if cells:
+            yield number, cells
+
+
+CLOSED = 'is a quotation mark left open there? A text that holds " is written with "" in its place and " around it'
+
+
+def read_parquet_rows(path: Path) -> tuple[list[str], Iterator[tuple[int, list]]]:
+    """Header and rows of a .parquet file; values keep their types."""
+    try:
+        from pyarrow.parquet import read_table
+    except ImportError as error:
+        raise ImportError(f"{path} needs pyarrow (pip install pyarrow); or save the table as .csv") from error
+    try:
+        table = read_table(path)
+    except (OSError, ValueError) as error:  # pyarrow's errors are among these
+        raise ValueError(
+            f"{path} cannot be read as a parquet table ({str(error).splitlines()[0]}); get it again"
+        ) from error
+    return table.column_names, ((i, list(row.values())) for i, row in enumerate(table.to_pylist(), 2))
+
+
+def read_own_table(table: Path, split: str) -> tuple[list[dict], list[str], list[str]]:
+    """The images of a table: lines that name the same path are one image, which has the captions of all of them."""
+    columns, unused, lines = open_table(table)
+    taken = [f"{theirs} as {ours}" for ours, theirs in columns.items() if theirs != ours]
+    images, first_line, found = {}, {}, {}
+    for number, line in lines:
+        try:
+            row = {column: text_files.to_text(line.get(column)) for column in ("path", "label", "group", "split")}
+            row["captions"] = text_files.to_texts(line.get("caption"), between="|")
+        except ValueError as error:
+            raise ValueError(f"{table}, line {number}: {error}") from error
+        if not row["path"]:
+            raise ValueError(f"{table}, line {number} has no path; remove it, or fill it in")
+        if "split" in columns:
+            found[row["split"]] = found.get(row["split"], 0) + 1
+            if (parse_split(row["split"]) or row["split"]) != (parse_split(split) or split):
+                continue
+        slashes = row["path"] if "/" in row["path"] else row["path"].replace("\\", "/")  # as Windows writes them
+        key = os.path.normpath(slashes)
+        known = images.setdefault(key, row | {"captions": []})
+        first_line.setdefault(key, number)
+        known["captions"] += [text for text in row["captions"] if text not in known["captions"]]
+        for column in ("label", "group"):
+            if row[column] and known[column] and row[column] != known[column]:
+                raise ValueError(
+                    f"{table}, line {number}: {row['path']} has the {column} {row[column]!r}, in line {first_line[key]} "
+                    f"it has {known[column]!r}; an image has one {column}, and several captions in lines or between |"
+                )
+            known[column] = known[column] or row[column]
+    if not images:
+        if found:
+            there = ", ".join(name or "nothing" for name in found)
+            raise ValueError(f"{table} has a column 'split' (with {there}) but no image in split {split!r}")
+        raise ValueError(f"{table} names no images: put one into each line below the first")
+    disk = make_path_finder()
+    rows, left_out = [], []
+    for key, row in images.items():
+        path = disk(table.parent / key) or disk(table.parent / row["path"])
+        if path is None:
+            left_out.append(f"{table.parent / key} (it is not there)")
+        else:
+            rows.append(row | {"path": path})
+    if not rows:
+        raise ValueError(
+            f"{table}: none of its {len(images)} images is there; paths count from its folder: {left_out[0]}"
+        )
+    notes = [f"split {split}" if "split" in columns else "no splits"]
+    beside = [
+        f"{name or 'nothing'} {count:,}" for name, count in found.items() if parse_split(name) != parse_split(split)
+    ]
+    notes += [f"beside it {', '.join(beside)}"] if beside else []
+    notes += [f"columns: {', '.join(taken)}"] if taken else []
+    notes += [f"columns not used: {', '.join(unused)}"] if unused else []
+    return rows, left_out, notes
+
+
+def make_path_finder():
+    """A function: path -> the path as the disk has it, or None. A name with accents may be stored in Unicode's other
+    form. Each folder is listed once, which is faster than asking for every file."""
+
+    @functools.cache
+    def listing(folder: Path) -> dict[str, str]:
+        try:
+            names = os.listdir(folder)
+        except OSError:
+            return {}
+        return {text_files.to_printable(name): name for name in names} | {name: name for name in names}
+
+    @functools.cache
+    def stored_folder(folder: Path) -> Path | None:
+        return folder if folder.is_dir() else find(folder)
+
+    def find(path: Path) -> Path | None:
+        folder = stored_folder(path.parent) if path != path.parent else None
+        name = (
+            listing(folder).get(path.name) or listing(folder).get(text_files.to_printable(path.name))
+            if folder
+            else None
+        )
+        return folder / name if name else None
+
+    return find
+
+
+# --- tars ------------------------------------------------------------------------------------------------------------
+
+
+def read_shards(shards: Sequence[Path]) -> tuple[list[dict], list[str], list[str]]:
+    """The images of webdataset tars: files with the same name up to the first point are one sample.
+
+    The image of a sample is a .jpg, .png ...; its label is in .cls or under "label" in .json, its captions are the
+    lines of .txt or under "caption" in .json. The tars are unpacked once, into the cache.
+    """
+    shards = sorted(Path(shard).absolute() for shard in shards)
+    about = repr([(str(shard), shard.stat().st_size, shard.stat().st_mtime_ns) for shard in shards])
+    folder = gu.cache_folder() / "shards" / hashlib.blake2b(about.encode(), digest_size=8).hexdigest()
+    rows, left_out, known = [], [], list_readable_suffixes()
+    for i, shard in enumerate(shards):
+        target = folder / f"{i:05d}_{shard.stem}"
+        if not target.exists():
+            downloads.unpack_archive(shard, target)
+        samples: dict[str, dict[str, Path]] = {}
+        for path in sorted(walking.list_files(target)[0]):
+            key, _, suffix = path.name.partition(".")
+            samples.setdefault(str(path.parent / key), {})["." + suffix.lower()] = path
+        for parts in samples.values():
+            image = next((path for suffix, path in parts.items() if suffix in known), None)
+            if image is not None:
+                rows.append({"path": image, **read_sample(parts)})
+            for path in parts.values():
+                if path != image and get_suffix(path) in PICTURES:
+                    what = NAMED if image is None else f"a sample has one picture, here {image.name}"
+                    what = "this Pillow cannot read it" if get_suffix(path) not in known else what
+                    left_out.append(f"{path.relative_to(target)} of {shard.name} ({what})")
+    if not rows:
+        raise ValueError(f"no images in {shards[0]}" + (f" and {len(shards) - 1} more" if len(shards) > 1 else ""))
+    if all(row["label"].isdigit() for row in rows):  # class numbers: in the order of the numbers
+        width = max(len(row["label"]) for row in rows)
+        rows = [row | {"label": row["label"].zfill(width)} for row in rows]
+    return rows, left_out, [f"{len(shards)} tar files"]
+
+
+NAMED = "its name has several points; what follows the first says what a file is"
+
+
+def read_sample(parts: dict[str, Path]) -> dict:
+    """Label and captions of one webdataset sample."""
+    facts = text_files.read_json(parts[".json"]) if ".json" in parts else {}
+    if not isinstance(facts, dict):
+        raise ValueError(f"{parts['.json']} holds a {type(facts).__name__}, not a dict with 'label' or 'caption'")
+    try:
+        label = text_files.read_text(parts[".cls"]) if ".cls" in parts else facts.get("label")
+        captions = (
+            text_files.read_text(parts[".txt"]).splitlines()
+            if ".txt" in parts
+            else facts.get("caption", facts.get("captions"))
+        )
+        return {"label": text_files.to_text(label), "captions": text_files.to_texts(captions)}
+    except ValueError as error:
+        named = parts.get(".json", next(iter(parts.values())))
+        raise ValueError(f"{named}: {error}") from error
+
+
+# --- all of them -----------------------------------------------------------------------------------------------------
+
+
+def read_own_images(source: Path, split: str) -> tuple[list[dict], list[str], list[str]]:
+    """A folder, a table or a tar as rows sorted by path, each a dict with path and, where known, label, group, captions;
+    the files left out; and notes on what was taken as what.
+
+    Raises ValueError for what is none of them, for no images, and when only some of them have labels.
+    """
+    if source.is_dir():
+        rows, left_out, notes = read_folder(source, split)
+    elif get_suffix(source) in TABLES:
+        rows, left_out, notes = read_own_table(source, split)
+    elif get_suffix(source) == ".tar":
+        rows, left_out, notes = read_shards([source])
+    else:
+        raise ValueError(f"{source} is neither a folder, a .csv, .tsv or .parquet table, nor a .tar")
+    rows.sort(key=lambda row: (text_files.to_printable(row["path"]), os.fsencode(row["path"])))
+    unlabelled = [row for row in rows if not row.get("label")]
+    if 0 < len(unlabelled) < len(rows):
+        raise ValueError(
+            f"{source}: {len(unlabelled)} of {len(rows)} images have no label, for example "
+            f"{text_files.to_printable(unlabelled[0]['path'])}; give every image one, or none"
+        )
+    return rows, left_out, notes

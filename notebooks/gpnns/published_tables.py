@@ -1,0 +1,36 @@
+"""The papers' tables (data/published) and the course's own, read from .csv files."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import gpnns_utils as gu
+
+# --- the papers' tables ----------------------------------------------------------------------------------------------
+
+
+def load_published(name: str) -> list[dict]:
+    """A table of the papers, data/published/<name>.csv: one dict per row, numbers as float, empty cells as None."""
+    path = gu.DATA / "published" / f"{name}.csv"
+    if not path.exists():
+        raise FileNotFoundError(
+            f"no published table {name!r}; there are {', '.join(sorted(p.stem for p in path.parent.glob('*.csv')))}"
+        )
+    return read_numbers(path)
+
+
+def read_numbers(path: Path) -> list[dict]:
+    """A small table of the course, such as data/claims.csv: one dict per row, numbers as int or float, empty cells as None."""
+    with open(path, encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [{key: None if value == "" else parse_number(value) for key, value in row.items()} for row in rows]
+
+
+def parse_number(text: str) -> float | int | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text

@@ -1,0 +1,1 @@
+"""Installing, running, rendering, drawing: the machinery around the notebooks."""

@@ -1,0 +1,1 @@
+"""The mini world: what is drawn, told and split."""
