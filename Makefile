@@ -24,7 +24,7 @@ lab: $(VENV)/.ready  ## open JupyterLab at the first notebook
 	$(BIN)/jupyter lab notebooks/01_search_images.ipynb
 
 app: $(VENV)/.ready  ## the explorer alone, as a web page on this machine
-	cd notebooks && $(abspath $(BIN))/voila 01_search_images.ipynb
+	cd notebooks && $(abspath $(BIN))/voila 01_search_images.ipynb --Voila.config_file_paths=gpnns/tools
 
 site: $(VENV)/.ready  ## the notebooks as web pages, in build/site/index.html
 	$(BIN)/python -m gpnns.tools.pages

@@ -10,7 +10,6 @@ for each lesson. Libraries that only some readers need are imported where they a
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import html
 import io
@@ -18,11 +17,9 @@ import json
 import os
 import platform
 import re
-import shutil
 import sys
 import textwrap
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -38,9 +35,14 @@ CHECKOUT = (HERE / "notebooks" / "gpnns").is_dir()  # otherwise: installed by pi
 if CHECKOUT:
     sys.path.insert(0, str(HERE / "notebooks"))  # where the package is, also for those who installed nothing
 
+from gpnns.encoders import embedding_cache
 from gpnns.encoders.encoder import Encoder
 from gpnns.images import decoding
-from gpnns.images.image_set import NO_LABELS, ImageSet
+from gpnns.images.image_set import NO_LABELS, ImageSet, check_rows
+from gpnns.machine import Progress, best_device, best_precision, write_atomically
+from gpnns.machine import disk_error as disk_error  # passed on, like the next two
+from gpnns.machine import display_over as display_over
+from gpnns.machine import in_notebook as in_notebook
 
 Array = np.ndarray
 Index = Any  # of faiss
@@ -84,30 +86,6 @@ def setup(profile: str = "mini", seed: int = 0) -> Run:
     return run
 
 
-def best_device() -> torch.device:
-    """A GPU that really computes, else the CPU. Some installations of torch see a GPU without having kernels for it (a
-    P100 on Kaggle): asking is not enough, so one small product is computed."""
-    cuda = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # each process of a training on several GPUs has its own
-    for name, there in ((cuda, torch.cuda.is_available()), ("mps", torch.backends.mps.is_available())):
-        if there:
-            try:
-                (torch.ones(8, 8, device=name) @ torch.ones(8, 8, device=name)).sum().item()
-                return torch.device(name)
-            except RuntimeError as error:
-                warnings.warn(
-                    f"this torch cannot use the {name} device ({str(error).splitlines()[0]}); using the CPU. On Kaggle, choose the accelerator 'GPU T4 x2'.",
-                    stacklevel=2,
-                )
-    return torch.device("cpu")
-
-
-def best_precision(device: torch.device) -> torch.dtype | None:
-    """The autocast dtype the device gains from: bfloat16 from Ampere on, float16 on older GPUs (T4), None elsewhere."""
-    if device.type != "cuda":
-        return None
-    return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
-
-
 def work_folder() -> Path:
     """Where runs/ and .cache/ are made: the course's folder, or the current one when gpnns is an installed package."""
     return HERE if CHECKOUT else Path.cwd()
@@ -116,77 +94,6 @@ def work_folder() -> Path:
 def cache_folder() -> Path:
     """Where drawn images and embeddings are kept; the environment variable GPNNS_CACHE moves it."""
     return Path(os.environ.get("GPNNS_CACHE") or work_folder() / ".cache").expanduser()
-
-
-class Progress:
-    """A progress line that updates in place and stays, in its last state, in a saved notebook; none for short work."""
-
-    def __init__(self, total: int, label: str, unit: str = "images", done: int = 0):
-        self.total, self.label, self.unit = total, label, unit
-        self.done = self.first = done
-        self.start, self.shown, self.handle = time.time(), 0.0, None
-
-    def update(self, done: int, total: int | None = None) -> None:
-        self.done, self.total = done, total or self.total
-        now, pause = time.time(), 1 if in_notebook() else 10
-        if now - max(self.shown, self.start) < pause and not (done >= self.total and self.shown):
-            return
-        self.shown = now
-        if in_notebook():
-            self.handle = display_over(self.handle, self)
-        else:
-            print(self, file=sys.stderr, flush=True)
-
-    def __repr__(self) -> str:
-        spent, here = time.time() - self.start, self.done - self.first
-        if self.done >= self.total:
-            return f"{self.label}: {here:,} {self.unit} in {spent:.0f} s"
-        return f"{self.label}: {self.done:,} of {self.total:,} {self.unit}, {spent / max(here, 1) * (self.total - self.done):.0f} s left"
-
-    def _repr_html_(self) -> str:
-        bar = f"<progress value='{self.done}' max='{self.total}'></progress> "
-        return bar * (self.done < self.total) + html.escape(repr(self))
-
-
-def in_notebook() -> bool:
-    """Whether a kernel runs this; asked without importing IPython."""
-    ipython = sys.modules.get("IPython")
-    return getattr(ipython and ipython.get_ipython(), "kernel", None) is not None
-
-
-def display_over(handle, thing):
-    """Show `thing` in place of what `handle` shows, or anew for None; returns the handle."""
-    from IPython.display import display
-
-    if handle is None:
-        return display(thing, display_id=True)
-    handle.update(thing)
-    return handle
-
-
-def write_atomically(path: Path, write: Callable) -> None:
-    """Call `write(file)` on a temporary file and move it to `path`: a killed process never leaves half a file there. When
-    writing fails, as on a full disk, the temporary file is removed, an earlier `path` stays, and OSError says so."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as file:
-            write(file)
-        os.replace(partial, path)
-    except OSError as error:
-        kept = "what was there before is still there" if path.exists() else "nothing was written"
-        raise disk_error(path, error, kept) from error
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-
-
-def disk_error(path: Path, error: Exception, kept: str) -> OSError:
-    """The error to raise instead when writing failed: what happened and what is left."""
-    there = next(folder for folder in path.absolute().parents if folder.is_dir())
-    free = shutil.disk_usage(there).free / 1e6
-    reason = " ".join(str(error).split())[:200]
-    return OSError(f"could not write {path} ({reason}; {free:,.0f} MB free); {kept}. Free some space and run again")
 
 
 # --- images ----------------------------------------------------------------------------------------------------------
@@ -227,8 +134,6 @@ def load_encoder(spec: str, device: torch.device | str | None = None) -> Encoder
     `@file` behind a name takes the weights from a file: "mini@tuned.safetensors", "open_clip:ViT-B-16/openai@epoch_3.pt"
     (the tag then says what the file was tuned from, which decides preprocessing and activation); "mini@arcmargin",
     "mini@2sft" and "mini@mcip_realigned" are those that come with the course.
-    Settings that a timm model was trained with follow a question mark:
-    "timm:mobilenetv2_035?pad_type=same&bn_eps=0.001&mean=0.5&std=0.5@file.safetensors".
 
     Raises ValueError for an unknown name or a file that does not fit, FileNotFoundError, OSError without a network.
     """
@@ -239,55 +144,51 @@ def load_encoder(spec: str, device: torch.device | str | None = None) -> Encoder
 
 # --- embeddings ------------------------------------------------------------------------------------------------------
 
-SHARD = 1024  # images per cache file: what a killed run can lose
+SAVE_EVERY = 1024  # embeddings that a killed run can lose
 
 
-def embed_images(encoder: Encoder, images: ImageSet, batch_size: int = 64, cache: bool = True) -> Array:
-    """Embed a set of images: float32 (n, d), unit rows; row i belongs to image i.
+def embed_images(
+    encoder: Encoder, images: ImageSet, batch_size: int = 64, cache: bool = True
+) -> tuple[Array, ImageSet]:
+    """Embed a set of images: (embeddings float32 (n, d) with unit rows, the images that they belong to, row by row).
 
-    Files are decoded in worker processes. Finished shards are kept in the cache folder under a key made of the
-    encoder (weights, layers, preprocessing), the precision and the images' content, and are never computed twice: a
-    killed run goes on where it stopped, with bit-identical results. A shard is 1,024 images in a row: images added at
-    the end leave earlier shards as they are. cache=False leaves the disk alone, for models that change with every step.
+    The images are `images`, which is not changed, without files that cannot be read and images whose vector is zero or not
+    finite (as `pixels` has none for a blank page); these are listed in `left_out` and named in a warning.
 
-    Files that cannot be read, and images whose vector is zero or not finite (as `pixels` has none for a blank page), are
-    taken out of `images` (so rows stay aligned), listed in `images.left_out` and named in a warning. Raises ValueError
-    when that leaves nothing, or when the encoder returns such a vector for a test picture too.
+    Files are decoded in worker processes. Embeddings are kept in the cache folder one by one, under a key made of the encoder
+    (weights, layers, preprocessing), the precision and the image's content: one new photo among 3,000 computes one, a part
+    of what was embedded none, and a killed run goes on where it stopped. Batches are padded to one size, so its result has
+    the same bits where a row's bits do not depend on its place in a batch, and is the same to 1e-6 on processors where they
+    do. cache=False leaves the disk alone, for models that change with every step.
+
+    Raises ValueError when no image is left, or when the encoder makes such a vector of a test picture too.
     """
-    if not hasattr(images, "left_out"):
-        raise ValueError(
-            f"images must be an ImageSet, not {type(images)}: load_images(folder), ImageSet('name', paths)"
-        )
+    if not isinstance(images, ImageSet):
+        raise ValueError(f"images must be an ImageSet, not {type(images)}: load_images(folder) makes one")
     if len(images) == 0:
         raise ValueError(f"{images.name}: there are no images to embed")
 
-    def compute(rows: list[list[int]]):
-        in_worker, on_device = encoder.in_two_parts()
-        read = decoding.DecodedImages(images, in_worker)
-        for size, readable, pixels in decoding.read_in_workers(
-            read, rows, decoding.count_decoders(images), decoding.stack_readable
-        ):
-            features = np.full((size, encoder.dim), np.nan, dtype=np.float32)  # NaN marks an unreadable image
+    def compute(batches: list[list[int]]):
+        read, size = decoding.DecodedImages(images, encoder.preprocess), batch_size * (len(batches) > 1)
+        workers = decoding.count_decoders(images, sum(map(len, batches)))
+        for count, readable, pixels in decoding.read_in_workers(read, batches, workers, decoding.stack_readable):
+            features = np.full((count, encoder.dim), np.nan, dtype=np.float32)  # NaN marks an unreadable image
             if readable:
-                pixels = on_device(torch.from_numpy(pixels).to(encoder.device))
-                features[readable] = run_tower(encoder, encoder.image_tower, pixels)
+                pixels = torch.from_numpy(pixels).to(encoder.device)
+                features[readable] = run_tower(encoder, encoder.image_tower, pixels, size)
             if np.isinf(features).any():
-                unit_rows(
-                    encoder.features(encoder.image_tower, encoder.probe()[None]), f"the features of {encoder.name}"
-                )
+                probe = encoder.features(encoder.image_tower, encoder.probe()[None])
+                unit_rows(probe, f"the features of {encoder.name}")  # is it the encoder?
             yield features
 
-    if cache:
-        label = f"embedding {images.name} with {encoder.name}"
-        embeddings = embed_in_shards(encoder, images.digests(), batch_size, compute, label, "images")
-    else:
-        embeddings = np.concatenate(list(compute(split_rows(len(images), batch_size))))
+    keys = images.digests(Progress(len(images), f"reading {images.name}").update) if cache else range(len(images))
+    label = f"embedding {images.name} with {encoder.name}"
+    embeddings = embed_missing(encoder, keys, batch_size, compute, label, "images", cache)
     blank = f"get a vector from {encoder.name} that is zero or not finite, as blank pages may,"
-    for marks, why in ((np.isnan, "cannot be read"), (np.isinf, blank)):
-        if len(unfit := np.flatnonzero(marks(embeddings[:, 0]))):
-            images.leave_out(unfit, why)
-            embeddings = np.delete(embeddings, unfit, axis=0)
-    return embeddings
+    unreadable, unfit = np.isnan(embeddings[:, 0]), ~np.isfinite(embeddings[:, 0])
+    if unfit.any():
+        images = images.leave_out({"cannot be read": unreadable, blank: unfit & ~unreadable})
+    return embeddings[~unfit], images
 
 
 def embed_texts(encoder: Encoder, texts: Sequence[str], batch_size: int = 128, cache: bool = True) -> Array:
@@ -295,33 +196,29 @@ def embed_texts(encoder: Encoder, texts: Sequence[str], batch_size: int = 128, c
 
     Raises ValueError for an encoder without a text tower.
     """
-    if encoder.text_tower is None:
+    if not encoder.has_text:
         raise ValueError(f"{encoder.name} encodes images only; for text, choose mini or an open_clip: encoder")
     texts = check_texts(texts)
 
-    def compute(rows: list[list[int]]):
-        for batch in rows:
-            features = run_tower(encoder, encoder.text_tower, [texts[i] for i in batch])
+    def compute(batches: list[list[int]]):
+        for rows in batches:
+            batch, size = [texts[row] for row in rows], batch_size * (len(batches) > 1)
+            features = run_tower(encoder, encoder.text_tower, batch, size)
             for row in np.flatnonzero(np.isinf(features[:, 0]))[:1]:
-                raise ValueError(f"{encoder.name} gives a vector that is zero or not finite for {texts[batch[row]]!r}")
+                raise ValueError(f"{encoder.name} gives a vector that is zero or not finite for {batch[row]!r}")
             yield features
 
-    if not cache:
-        return np.concatenate(list(compute(split_rows(len(texts), batch_size))))
-    digests = [hashlib.blake2b(text.encode(), digest_size=16).digest() for text in texts]
-    return embed_in_shards(encoder, digests, batch_size, compute, f"embedding texts with {encoder.name}", "texts")
+    keys = [hashlib.blake2b(text.encode(), digest_size=16).digest() for text in texts] if cache else range(len(texts))
+    return embed_missing(encoder, keys, batch_size, compute, f"embedding texts with {encoder.name}", "texts", cache)
 
 
-def split_rows(count: int, size: int) -> list[list[int]]:
-    """The rows 0 to count - 1 in batches of `size`."""
-    if not isinstance(size, (int, np.integer)) or size < 1:
-        raise ValueError(f"a batch holds 1 image or more, not {size!r}")
-    return [list(range(start, min(start + size, count))) for start in range(0, count, size)]
-
-
-def run_tower(encoder: Encoder, tower: Callable, batch) -> Array:
-    """One batch through a tower, in the precision the device gains from: float32 unit rows, infinite where there is none."""
-    precision = best_precision(encoder.device)
+def run_tower(encoder: Encoder, tower: Callable, batch: Any, size: int = 0) -> Array:
+    """One batch, a tensor or a list of texts, through a tower in the precision the device gains from: float32 unit rows,
+    infinite where there is none. A batch shorter than `size` is filled up with its last item, and the result cut again."""
+    count, precision = len(batch), best_precision(encoder.device)
+    if count < size:
+        rest = [batch[-1:]] * (size - count)
+        batch = torch.cat([batch, *rest]) if isinstance(batch, torch.Tensor) else sum(rest, batch)
     with torch.inference_mode(), torch.autocast(encoder.device.type, precision, enabled=precision is not None):
         features = tower(batch).float().cpu().numpy()
     if features.shape != (len(batch), encoder.dim):
@@ -329,51 +226,40 @@ def run_tower(encoder: Encoder, tower: Callable, batch) -> Array:
             f"{encoder.name} makes {features.shape} of {len(batch)} inputs, not ({len(batch)}, {encoder.dim})"
         )
     with np.errstate(over="ignore", invalid="ignore"):
-        squares = vecdot(features, features)
-    fit, units = np.isfinite(squares) & (squares > 0), np.full(features.shape, np.inf, dtype=np.float32)
+        squares = vecdot(features[:count], features[:count])
+    fit, units = np.isfinite(squares) & (squares > 0), np.full((count, encoder.dim), np.inf, dtype=np.float32)
     if fit.any():
-        units[fit] = unit_rows(features[fit])
+        units[fit] = unit_rows(features[:count][fit])
     return units
 
 
-def embed_in_shards(
-    encoder: Encoder, digests: list[bytes], batch_size: int, compute: Callable, label: str, unit: str
+def embed_missing(
+    encoder: Encoder, keys: Sequence, batch_size: int, compute: Callable, label: str, unit: str, cache: bool
 ) -> Array:
-    """Read the shards that the cache holds, compute and save the others; `compute` yields one array per batch of rows."""
-    precision = str(best_precision(encoder.device) or torch.float32).removeprefix("torch.")
-    folder = cache_folder() / "embeddings" / f"{encoder.fingerprint(unit)}-{precision}-{unit}"
-    members = split_rows(len(digests), SHARD)  # the rows of each shard
-    keys = [hashlib.blake2b(b"".join(digests[row] for row in rows), digest_size=16).hexdigest() for rows in members]
-    shards = [
-        read_shard(folder / f"{key}.npy", len(rows), encoder.dim) for key, rows in zip(keys, members, strict=True)
-    ]
-    missing = [i for i, shard in enumerate(shards) if shard is None]
-    progress = Progress(len(digests), label, unit)
-    done = len(digests) - sum(len(members[i]) for i in missing)
-    # Batches never cross a shard: a resumed run forms the same batches, hence the same bits.
-    to_do = {i: [members[i][at : at + batch_size] for at in range(0, len(members[i]), batch_size)] for i in missing}
-    computed = compute([batch for i in missing for batch in to_do[i]]) if missing else None
-    for i in missing:
-        parts = []
-        for batch in to_do[i]:
-            parts.append(next(computed))
-            done += len(batch)
-            progress.update(done)
-        shards[i] = np.concatenate(parts)
-        write_atomically(folder / f"{keys[i]}.npy", lambda file, shard=shards[i]: np.save(file, shard))
-    return np.concatenate(shards)
-
-
-def read_shard(path: Path, rows: int, dim: int) -> Array | None:
-    """A cached shard, or None when there is none; a damaged file is named and computed again."""
-    if not path.exists():
-        return None
-    with contextlib.suppress(ValueError, OSError, EOFError):
-        shard = np.load(path, allow_pickle=False)
-        if (shard.shape, shard.dtype) == ((rows, dim), np.float32):
-            return shard
-    warnings.warn(f"{path} is damaged and is computed again", stacklevel=2)
-    return None
+    """The embeddings of all keys: those that the cache holds, and the others, which `compute` yields batch by batch of their
+    rows. What is NaN or infinite is not kept."""
+    if not isinstance(batch_size, (int, np.integer)) or batch_size < 1:
+        raise ValueError(f"a batch holds 1 image or more, not {batch_size!r}")
+    known, path, fresh, missing = {}, Path(), {}, {}
+    if cache:
+        precision = str(best_precision(encoder.device) or torch.float32).removeprefix("torch.")
+        path = cache_folder() / "embeddings" / f"{encoder.fingerprint(unit)}-{precision}-{unit}.sqlite"
+        known = embedding_cache.read_embeddings(path, keys, encoder.dim)
+    for row, key in enumerate(keys):
+        if key not in known:
+            missing.setdefault(key, row)  # of equal images the first is computed
+    rows, progress = list(missing.values()), Progress(len(keys), label, unit)
+    batches = [rows[first : first + batch_size] for first in range(0, len(rows), batch_size)]
+    done = len(keys) - len(rows)
+    for features, batch in zip(compute(batches) if batches else (), batches, strict=True):
+        known |= zip((keys[row] for row in batch), features, strict=True)
+        fresh |= {keys[row]: vector for row, vector in zip(batch, features, strict=True) if np.isfinite(vector[0])}
+        done += len(batch)
+        if cache and fresh and (len(fresh) >= SAVE_EVERY or done == len(keys)):
+            embedding_cache.write_embeddings(path, fresh.items())
+            fresh = {}
+        progress.update(done)
+    return np.stack([known[key] for key in keys])
 
 
 # --- neighbours ------------------------------------------------------------------------------------------------------
@@ -598,11 +484,13 @@ class Score:
         return Score(self.per_query[check_rows(mask, len(self.per_query), "the queries of a part")])
 
 
-def is_right(images: ImageSet, rows: Array, queries: Array) -> Array:
-    """Whether neighbours show the same thing as their queries: 1 or 0, NaN where no labels tell. Rows of `images`: (n, k), (n,)."""
-    if images.labels is None:
+def is_right(images: ImageSet, rows: Array, queries: Array, gallery: ImageSet | None = None) -> Array:
+    """Whether neighbours show the same thing as their queries: 1 or 0, NaN where no labels tell. rows: (n, k) of `gallery`, or
+    without one of `images`; queries: (n,) rows of `images`."""
+    gallery = images if gallery is None else gallery
+    if images.labels is None or gallery.labels is None:
         return np.full(np.shape(rows), np.nan)
-    return (images.labels[rows] == images.labels[queries][:, None]).astype(float)
+    return (gallery.labels[rows] == images.labels[queries][:, None]).astype(float)
 
 
 def same_label(query_labels: Array, gallery_labels: Array) -> list[Array]:
@@ -1010,27 +898,6 @@ def check_bias(bias: Array, size: int) -> Array:
         broken = "" if np.isfinite(bias).all() else " with NaN or infinite values"
         raise ValueError(f"a bias needs one finite number for each of {size} gallery rows, not {bias.shape}{broken}")
     return bias
-
-
-def check_rows(rows: Sequence, size: int, what: str, none: bool = False) -> Array:
-    """Rows of something that has `size` of them, given as numbers or as a boolean mask; with `none`, -1 stands for no row.
-
-    Raises ValueError for anything else, where numpy would count -1 from the end, take a mask for zeros and ones, and
-    cut 2.7 to 2.
-    """
-    rows = np.asarray(rows)
-    if rows.dtype == bool and rows.shape == (size,):
-        return np.flatnonzero(rows)
-    if rows.size == 0 and rows.ndim == 1:
-        return np.empty(0, dtype=np.int64)
-    if rows.ndim != 1 or rows.dtype.kind not in "iu":
-        raise ValueError(f"{what} must be row numbers, or a mask of {size} entries, not {rows.dtype} {rows.shape}")
-    if len(rows) == size > 2 and 0 <= rows.min() <= rows.max() <= 1:
-        raise ValueError(f"{what}: {size} zeros and ones seem to be a mask; give it as booleans, mask.astype(bool)")
-    if rows.min() < -none or rows.max() >= size:
-        wrong = rows[(rows < -none) | (rows >= size)][0]
-        raise ValueError(f"{what} hold {wrong}, which is no row of {size}; leave out what is not there")
-    return rows[rows >= 0] if none else rows
 
 
 def check_k(k: int, available: int, what: str) -> int:

@@ -27,7 +27,9 @@ def read_freeze(text: str) -> dict[str, str]:
 
     What was installed from a file or an address has no version there and is left out.
     """
-    return {prepare.canonical(name): version for name, version in re.findall(r"^([\w.-]+)==([^\s;+]+)", text, re.M)}
+    return {
+        prepare.normalize_name(name): version for name, version in re.findall(r"^([\w.-]+)==([^\s;+]+)", text, re.M)
+    }
 
 
 def python_of(os_info: str) -> str:
@@ -36,7 +38,7 @@ def python_of(os_info: str) -> str:
 
 def split_requirements(installed: dict[str, str]) -> tuple[list[str], list[str]]:
     """What of the course's requirements a machine has, with its versions, and what prepare.py would install there."""
-    names = {line: prepare.canonical(prepare.name_of(line)) for line in prepare.requirements()}
+    names = {line: prepare.get_name(line) for line in prepare.list_requirements()}
     there = [f"{name}=={installed[name]}" for name in names.values() if name in installed]
     return there, [line for line, name in names.items() if name not in installed]
 
@@ -55,7 +57,7 @@ def build(freeze: Path, folder: Path) -> None:
         sys.exit("prepare.py changed what was installed: " + ", ".join(changed))
     print("added", ", ".join(f"{name}=={after[name]}" for name in sorted(after.keys() - before.keys())))
     extras = [line for extra in ("dev", "scale") for line in project["optional-dependencies"][extra]]
-    install(python, installed | after, [prepare.name_of(line) for line in extras])
+    install(python, installed | after, [prepare.get_name(line) for line in extras])
 
 
 def install(python: Path, held: dict[str, str], requirements: list[str]) -> None:

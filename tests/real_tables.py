@@ -8,8 +8,19 @@ import csv
 import json
 from pathlib import Path
 
+import timm
+
 REAL = Path(__file__).resolve().parents[2] / "shared" / "real"
-MOBILENET = f"timm:mobilenetv2_035?pad_type=same&bn_eps=0.001&mean=0.5&std=0.5&crop_pct=1&interpolation=bilinear@{REAL}/weights/mobilenetv2_035.safetensors"
+MOBILENET = f"timm:tf_mobilenetv2_035@{REAL}/weights/mobilenetv2_035.safetensors"
+
+
+@timm.models.register_model
+def tf_mobilenetv2_035(pretrained: bool = False, pretrained_cfg_overlay: dict | None = None, **settings):
+    """MobileNetV2 with the padding, batch norm and pictures that TensorFlow trained it with, under a name for timm."""
+    pictures = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 1.0, "interpolation": "bilinear"}
+    overlay = pictures | (pretrained_cfg_overlay or {})
+    settings |= {"pad_type": "same", "bn_eps": 1e-3, "pretrained_cfg_overlay": overlay}
+    return timm.models.efficientnet.mobilenetv2_035(pretrained, **settings)
 
 
 def emoji(real: Path):

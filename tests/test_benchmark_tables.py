@@ -21,6 +21,7 @@ import gpnns_utils as gu
 from gpnns import benchmark, paper_tables, published_tables
 from gpnns.encoders import checkpoints, heads, licences
 from gpnns.images import datasets
+from gpnns.images import image_set as image_set_module
 
 REAL_CACHE = gu.cache_folder()
 data = in_small.data  # the fixture: an empty folder of data sets, and no network
@@ -142,7 +143,7 @@ def test_no_file_means_that_nothing_of_another_program_takes_part(photos):
 
 def test_notebook_02_scores_the_files_of_another_program_like_its_own_encoder(folder, photos, tmp_path, results, cache):
     profile, out = results
-    vectors = gu.embed_images(gu.load_encoder("pixels"), photos)
+    vectors = gu.embed_images(gu.load_encoder("pixels"), photos)[0]
     mine = {"profile": profile, "images": str(folder), "encoders": "pixels"}
     mine["embeddings"] = saved(tmp_path / "theirs.npy", 3 * vectors.astype(np.float16))
     mine["indices"] = saved(tmp_path / "ranked.npy", nearest_first(vectors))
@@ -185,7 +186,7 @@ def test_half_of_each_class_asks_the_other_where_nothing_tells_queries_from_gall
 def test_files_that_were_left_out_of_queries_or_gallery_stay_named(folder):
     one, other = gu.load_images(folder).subset(np.arange(4)), gu.load_images(folder).subset(np.arange(4, 12))
     one.left_out, other.left_out = ["a.png"], ["b.png"]
-    assert benchmark.join_sets(one, other).left_out == ["a.png", "b.png"]
+    assert image_set_module.concat([one, other], groups=["query", "gallery"]).left_out == ["a.png", "b.png"]
 
 
 def test_hubness_is_noted_under_the_encoder_whose_texts_asked(folder, results, cache):
@@ -260,7 +261,7 @@ def image_set(labels, captions=None, names=()):
 
 @pytest.mark.parametrize(("table", "published"), [("gpnns", "gpnns_table4"), ("mcip", "mcip_table1")])
 def test_the_columns_are_those_of_the_published_table_in_its_order(table, published):
-    columns = getattr(f"{table}_columns")()
+    columns = paper_tables.load_columns(table)
     printed = [
         key
         for key in published_tables.load_published(published)[0]
@@ -282,8 +283,8 @@ def test_the_columns_are_those_of_the_published_table_in_its_order(table, publis
 
 
 def test_the_query_takes_part_exactly_where_the_papers_let_it():
-    columns = {c[0]: c for c in paper_tables.gpnns_columns() + paper_tables.mcip_columns()}
-    included = {name for name, column in columns.items() if "self included" in column[4]}
+    columns = {c[0]: c for c in paper_tables.load_columns("gpnns") + paper_tables.load_columns("mcip")}
+    included = {name for name, column in columns.items() if column.metric == "mAP (self included)"}
     assert included == {"instre_map", "gpr1200_map", "adience_map"}
     assert columns["roxford_map"][1:3] == ("roxford:query_full", "roxford:gallery"), "GP-NNS asks with whole pictures"
     bases = {name: c[2] for name, c in columns.items() if c[3] == "knn"}
@@ -294,8 +295,9 @@ def test_the_query_takes_part_exactly_where_the_papers_let_it():
 @pytest.mark.parametrize("metric", ["mAP", "mAP (self included)", "R@1"])
 def test_image_to_image_agrees_with_scikit_learn(mini, metric):
     labels, vectors = planted(60, 8)
-    column, kept = ("x", "s:test", "", "image_to_image", metric), {(id(mini), "s:test"): vectors}
-    score, units = paper_tables.score_image_to_image(mini, column, {"s:test": image_set(labels)}, kept)
+    column = paper_tables.Column("x", "s:test", "", "image_to_image", metric)
+    kept = {(id(mini), "s:test"): (vectors, image_set(labels))}
+    score, units = paper_tables.TASKS["image_to_image", metric](mini, column, {}, kept)
     scores = vectors @ vectors.T
     if metric == "R@1":
         np.fill_diagonal(scores, -1)
@@ -307,9 +309,9 @@ def test_image_to_image_agrees_with_scikit_learn(mini, metric):
 
 def test_a_twin_of_the_query_counts_as_a_neighbour_and_not_as_the_query(mini):
     labels, vectors = np.array([0, 1, 0, 1]), np.eye(4, dtype=np.float32)[[0, 0, 1, 2]]
-    kept = {(id(mini), "s:test"): vectors}  # images 0 and 1 are the same picture with two labels
-    column = ("x", "s:test", "", "image_to_image", "R@1")
-    score, _ = paper_tables.score_image_to_image(mini, column, {"s:test": image_set(labels)}, kept)
+    kept = {(id(mini), "s:test"): (vectors, image_set(labels))}  # images 0 and 1 are one picture with two labels
+    column = paper_tables.Column("x", "s:test", "", "image_to_image", "R@1")
+    score, _ = paper_tables.TASKS["image_to_image", "R@1"](mini, column, {}, kept)
     assert score.per_query[:2].tolist() == [0, 0], "dropping the first neighbour blindly would count these as found"
 
 
@@ -317,10 +319,10 @@ def test_a_twin_of_the_query_counts_as_a_neighbour_and_not_as_the_query(mini):
 def test_the_vote_is_that_of_scikit_learn_with_21_neighbours_and_weights_of_a_tenth(mini, with_gallery):
     labels, vectors = planted(90, 5)
     known_labels, known = planted(120, 7, seed=1)
-    column = ("x", "q:test", "q:train" if with_gallery else "", "knn", "accuracy")
-    sets = {"q:test": image_set(labels), "q:train": image_set(known_labels)}
-    kept = {(id(mini), "q:test"): vectors, (id(mini), "q:train"): known}
-    score, units = paper_tables.score_knn(mini, column, sets, kept)
+    column = paper_tables.Column("x", "q:test", "q:train" if with_gallery else "", "knn", "accuracy")
+    kept = {(id(mini), "q:test"): (vectors, image_set(labels))}
+    kept[id(mini), "q:train"] = known, image_set(known_labels)
+    score, units = paper_tables.score_knn(mini, column, {}, kept)
     asks = np.full(90, True)
     if not with_gallery:
         for label in np.unique(labels):
@@ -343,29 +345,28 @@ def test_oxford_is_measured_by_its_ground_truth_under_medium_and_refuses_a_gap(m
         for q in range(3)
     ]
     monkeypatch.setattr(datasets, "load_ground_truth", {"roxford": truth}.__getitem__)
-    column = paper_tables.gpnns_columns()[2]
-    sets = {part: image_set(np.zeros(n, int)) for part, n in ((column[1], 3), (column[2], 40))}
-    kept = {(id(mini), column[1]): queries, (id(mini), column[2]): gallery}
-    score, _ = paper_tables.measure_revisited(mini, column, sets, kept)
+    column = paper_tables.load_columns("gpnns")[2]
+    kept = {(id(mini), column.images): (queries, image_set(np.zeros(3, int)))}
+    kept[id(mini), column.gallery] = gallery, image_set(np.zeros(40, int))
+    score, _ = paper_tables.measure_revisited(mini, column, {}, kept)
     np.testing.assert_array_equal(score.per_query, paper_tables.score_revisited(queries, gallery, truth).per_query)
-    sets[column[2]].left_out.append("broken.jpg")
+    kept[id(mini), column.gallery][1].left_out.append("broken.jpg")
     with pytest.raises(ValueError, match="counts images by row; broken.jpg cannot be read"):
-        paper_tables.measure_revisited(mini, column, sets, kept)
+        paper_tables.measure_revisited(mini, column, {}, kept)
 
 
 def test_zero_shot_chooses_among_the_classes_that_occur_with_the_mean_of_eighty_prompts(mini):
     names = ["a red flower", "a vase", "a face", "a house"]
     labels, vectors = np.array([1, 1, 3]), gu.embed_texts(mini, ["a vase", "a photo of a face", "a house"], cache=False)
-    column, kept = ("x", "s:test", "", "zero_shot", "accuracy (80 templates)"), {(id(mini), "s:test"): vectors}
-    sets = {"s:test": image_set(labels, names=names)}
-    score, _ = paper_tables.score_zero_shot(mini, column, sets, kept)
+    column = paper_tables.Column("x", "s:test", "", "zero_shot", "accuracy (80 templates)")
+    images = image_set(labels, names=names)
+    kept = {(id(mini), "s:test"): (vectors, images)}
+    score, _ = paper_tables.TASKS[column.task, column.metric](mini, column, {}, kept)
     prompts = [[template(name) for template in open_clip.OPENAI_IMAGENET_TEMPLATES] for name in ("a vase", "a house")]
     means = [gu.embed_texts(mini, texts, cache=False).mean(axis=0) for texts in prompts]
     nearest = (vectors @ gu.unit_rows(np.array(means)).T).argmax(axis=1)
     assert score.per_query.tolist() == (np.array([0, 0, 1]) == nearest).tolist()
-    assert paper_tables.list_class_names(sets["s:test"])[0] == ["a vase", "a house"], (
-        "classes without an image are no choice"
-    )
+    assert paper_tables.list_class_names(images)[0] == ["a vase", "a house"], "classes without an image are no choice"
 
 
 def test_each_caption_of_coco_has_one_right_image_and_of_the_drawn_world_any_that_carries_it(mini):
@@ -374,13 +375,12 @@ def test_each_caption_of_coco_has_one_right_image_and_of_the_drawn_world_any_tha
     as_vector = dict(zip(texts, gu.embed_texts(mini, texts), strict=True))
     vectors = np.array([as_vector[own[0]] for own in captions])
     vectors[1] = -as_vector["a vase"]  # the second vase is far from its caption
-    sets, kept = {"s:test": image_set(np.arange(9), captions)}, {(id(mini), "s:test"): vectors}
-    score, units = paper_tables.score_text_to_image(
-        mini, ("x", "s:test", "", "text_to_image", "R@5 (own image)"), sets, kept
-    )
+    kept = {(id(mini), "s:test"): (vectors, image_set(np.arange(9), captions))}
+    column = paper_tables.Column("x", "s:test", "", "text_to_image", "R@5 (own image)")
+    score, units = paper_tables.TASKS[column.task, column.metric](mini, column, {}, kept)
     assert units.tolist() == [0, 0, 1, 2, 3, 4, 5, 6, 7, 8]
     assert score.per_query[:4].tolist() == [1, 1, 0, 1]
-    score, _ = paper_tables.score_text_to_image(mini, ("x", "s:test", "", "text_to_image", "R@5"), sets, kept)
+    score, _ = paper_tables.TASKS["text_to_image", "R@5"](mini, column, {}, kept)
     assert len(score.per_query) == 4 and score.mean == pytest.approx(0.75), (
         "six equal houses tie beyond the fifth place"
     )
@@ -412,9 +412,9 @@ def colored(seed=0):
 
 
 COLUMNS = [
-    ("first", "a:test", "", "image_to_image", "mAP"),
-    ("second", "b:test", "a:test", "knn", "accuracy"),
-    ("third", "a:test", "", "knn", "accuracy"),
+    paper_tables.Column("first", "a:test", "", "image_to_image", "mAP"),
+    paper_tables.Column("second", "b:test", "a:test", "knn", "accuracy"),
+    paper_tables.Column("third", "a:test", "", "knn", "accuracy"),
 ]
 
 
@@ -444,7 +444,7 @@ def test_every_set_is_loaded_once_and_every_image_embedded_once_for_all_columns(
     assert all("row" in cell for cell in cells.values()) and len(cells) == 3
     assert sorted(bench.loads) == ["a:test", "b:test"]
     assert bench.counted.pictures == 40
-    bench.run(columns=[*COLUMNS, ("fourth", "b:test", "", "image_to_image", "R@1")])
+    bench.run(columns=[*COLUMNS, paper_tables.Column("fourth", "b:test", "", "image_to_image", "R@1")])
     assert bench.counted.pictures == 40
 
 
@@ -503,7 +503,7 @@ def test_what_was_measured_stays_when_its_data_are_gone(bench):
 
 
 def test_an_encoder_without_text_leaves_text_columns_blank(bench):
-    cells = bench.run(columns=[("words", "a:test", "", "zero_shot", "accuracy")])
+    cells = bench.run(columns=[paper_tables.Column("words", "a:test", "", "zero_shot", "accuracy")])
     assert cells["counted", "words"] == {"why": "counted has no text tower"}
 
 
@@ -527,7 +527,10 @@ def test_weights_that_cannot_be_had_leave_a_row_blank_and_a_mistyped_file_stops(
 def test_files_that_cannot_be_read_are_noted_in_the_cell(folder, mini, cache, tmp_path):
     (folder / "red" / "1.png").write_bytes(b"broken")
     sets = {"s:test": gu.load_images(folder)}
-    notes, column = {"s:test": paper_tables.digest_set(sets["s:test"])}, ("x", "s:test", "", "image_to_image", "mAP")
+    notes, column = (
+        {"s:test": paper_tables.digest_set(sets["s:test"])},
+        paper_tables.Column("x", "s:test", "", "image_to_image", "mAP"),
+    )
     with pytest.warns(UserWarning, match="1 of 12 images cannot be read"):
         cell = paper_tables.measure_cell(mini, column, sets, notes, tmp_path, {})
     assert "red/1.png" in cell["left out"][0]
@@ -576,7 +579,7 @@ def test_the_papers_protocol_squeezes_crops_and_takes_features_before_the_projec
     square, crop, _, norm = paper.preprocess.transforms
     assert square.size == (54, 54) and square.interpolation == transforms.InterpolationMode.BICUBIC
     assert crop.size == (48, 48) and norm.mean == mini.preprocess.transforms[-1].mean
-    assert paper.fingerprint() != mini.fingerprint() and paper.text_tower is None and mini.text_tower is not None
+    assert paper.fingerprint() != mini.fingerprint() and not paper.has_text and mini.has_text
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (80, 60, 3), dtype=np.uint8))
     with torch.no_grad():
         before = paper.image_tower(paper.preprocess(picture)[None])
@@ -594,10 +597,13 @@ def test_weights_of_openai_get_the_mean_of_imagenet_and_encoders_without_a_model
 def test_one_embedding_serves_images_and_texts_of_an_encoder_with_weights_of_its_own(mini, folder, cache, tmp_path):
     """In a table with columns of both; without texts, and without weights of its own, images have the features before it."""
     one = heads.embed_as_in_paper(mini, one_embedding=True)
-    assert one.text_tower is not None and one.dim == mini.dim
+    assert one.has_text and one.dim == mini.dim
     openai = heads.embed_as_in_paper(replace(mini, origin={"encoder": "open_clip:ViT-B-16/openai"}), True)
     assert openai.preprocess.transforms[-1].mean == mini.preprocess.transforms[-1].mean, "one mean throughout"
-    images, texts = ("i", "s:test", "", "image_to_image", "mAP"), ("t", "s:test", "", "zero_shot", "accuracy")
+    images, texts = (
+        paper_tables.Column("i", "s:test", "", "image_to_image", "mAP"),
+        paper_tables.Column("t", "s:test", "", "zero_shot", "accuracy"),
+    )
     sets = {"s:test": gu.load_images(folder)}
     notes, own = {"s:test": paper_tables.digest_set(sets["s:test"])}, tmp_path / "own.safetensors"
     checkpoints.save_checkpoint(mini, own)
@@ -606,7 +612,9 @@ def test_one_embedding_serves_images_and_texts_of_an_encoder_with_weights_of_its
         for columns in ([images], [images, texts]):
             cells = paper_tables.measure_table([name], columns, sets, notes, "paper", tmp_path / "cells")
             values[name[:5], len(columns)] = cells[name, "i"]["row"]["value"]
-    vectors = {f: gu.embed_images(heads.embed_as_in_paper(mini, f), sets["s:test"], cache=False) for f in (True, False)}
+    vectors = {
+        f: gu.embed_images(heads.embed_as_in_paper(mini, f), sets["s:test"], cache=False)[0] for f in (True, False)
+    }
     expected = {f: 100 * oracle(v, sets["s:test"].labels, leave_out_query=True) for f, v in vectors.items()}
     assert values["mini@", 2] == pytest.approx(expected[True], abs=0.01)
     for other in (("mini@", 1), ("mini", 1), ("mini", 2)):
@@ -618,7 +626,10 @@ def test_a_checkpoint_with_a_head_keeps_its_features_and_does_not_stop_a_table(m
         with_head = heads.add_head(gu.load_encoder("mini", "cpu"), 16, before)
         checkpoints.save_checkpoint(with_head, tmp_path / f"{before}.safetensors", before_projection=before)
     sets = {"s:test": gu.load_images(folder)}
-    notes, columns = {"s:test": paper_tables.digest_set(sets["s:test"])}, [("i", "s:test", "", "image_to_image", "mAP")]
+    notes, columns = (
+        {"s:test": paper_tables.digest_set(sets["s:test"])},
+        [paper_tables.Column("i", "s:test", "", "image_to_image", "mAP")],
+    )
     names = [f"mini@{tmp_path}/{before}.safetensors" for before in (False, True)]
     cells = paper_tables.measure_table(names, columns, sets, notes, "paper", tmp_path / "cells")
     assert all("row" in cells[name, "i"] for name in names)
@@ -630,7 +641,7 @@ def test_a_checkpoint_with_a_head_keeps_its_features_and_does_not_stop_a_table(m
 
 @pytest.mark.parametrize(("table", "encoder"), [("gpnns", "pixels"), ("mcip", "mini")])
 def test_a_whole_table_is_measured_where_its_data_sets_are_there(data, tmp_path, monkeypatch, table, encoder):
-    columns = getattr(f"{table}_columns")()
+    columns = paper_tables.load_columns(table)
     for name in dict.fromkeys(part.split(":")[0] for column in columns for part in column[1:3] if part):
         in_small.build(name, data, monkeypatch)
     sets, notes = paper_tables.load_sets(columns)
@@ -642,7 +653,7 @@ def test_a_whole_table_is_measured_where_its_data_sets_are_there(data, tmp_path,
 
 
 def test_without_its_data_sets_a_table_is_blank_and_each_set_says_how_to_get_it(data, tmp_path):
-    columns = paper_tables.gpnns_columns()
+    columns = paper_tables.load_columns("gpnns")
     sets, notes = paper_tables.load_sets(columns)
     assert not sets and "cannot be downloaded without you" in notes["imagenet:train"]
     assert "could not download" in notes["instre:test"]
@@ -658,7 +669,7 @@ def test_the_notebook_measures_the_part_of_a_paper_that_is_there_and_says_what_i
         if (REAL_CACHE / part).exists():
             (tmp_path / "cache").mkdir(exist_ok=True)
             (tmp_path / "cache" / part).symlink_to(REAL_CACHE / part)
-    for name in {column[1].split(":")[0] for column in paper_tables.gpnns_columns()} - {"imagenet"}:
+    for name in {column[1].split(":")[0] for column in paper_tables.load_columns("gpnns")} - {"imagenet"}:
         in_small.BUILDERS[name](data / name)  # too small to be the real ones, but for Adience, which has no counts
     parameters = {"profile": profile, "table": "gpnns", "encoders": ["mini", "pixels"]}
     said = text_of(execute(FOLDER / "07_reproduce_papers.ipynb", tmp_path / "o.ipynb", parameters))

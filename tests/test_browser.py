@@ -27,6 +27,7 @@ from traitlets.config import Config
 import gpnns_utils as gu
 
 NOTEBOOK = gu.HERE / "notebooks" / "01_search_images.ipynb"
+APP = ["voila", NOTEBOOK.name, "--Voila.config_file_paths=gpnns/tools"]  # as `make app` has it
 PICTURES = gu.HERE / "build" / "screenshots"
 TEXT = "a yellow flower"
 # What the reader does, one thing after the other, and the settings that are in force from then on.
@@ -239,7 +240,7 @@ def found_by_scrolling(chromium):
 
 @pytest.mark.notebook
 def test_as_an_app_the_explorer_stands_alone_and_follows_its_controls(chromium, expected, tmp_path):
-    with serving(["voila", NOTEBOOK.name], NOTEBOOK.parent, tmp_path) as (_, address):
+    with serving(APP, NOTEBOOK.parent, tmp_path) as (_, address):
         chromium.get(address)
         wait_for(lambda: shown(chromium), 120, "the explorer")
         take_the_tour(chromium, expected, "app")
@@ -252,7 +253,7 @@ def test_as_an_app_the_explorer_stands_alone_and_follows_its_controls(chromium, 
 
 def test_an_app_keeps_injected_parameters_and_other_notebooks_stay_whole():
     settings = {"get_config": Config}
-    exec((NOTEBOOK.parent / "voila.py").read_text(encoding="utf-8"), settings)
+    exec((gu.COURSE / "gpnns" / "tools" / "voila.py").read_text(encoding="utf-8"), settings)
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     injected = nbformat.v4.new_code_cell("images = 'mine'", metadata={"tags": ["injected-parameters"]})
     at = next(i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", []))
@@ -266,7 +267,7 @@ def test_an_app_keeps_injected_parameters_and_other_notebooks_stay_whole():
 
 @pytest.mark.parametrize("width", [390, 1280], ids=["phone", "desk"])
 def test_the_site_fits_its_window(chromium, width):
-    subprocess.run([sys.executable, str(NOTEBOOK.parent / "pages.py")], check=True)
+    subprocess.run([sys.executable, "-m", "gpnns.tools.pages"], check=True)
     size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
     chromium.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     chromium.execute_cdp_cmd("Network.enable", {})
@@ -285,7 +286,7 @@ def test_the_site_fits_its_window(chromium, width):
 
 @pytest.mark.notebook
 def test_the_app_is_for_this_machine_and_asks_for_its_token(tmp_path):
-    with serving(["voila", NOTEBOOK.name], NOTEBOOK.parent, tmp_path) as (process, address):
+    with serving(APP, NOTEBOOK.parent, tmp_path) as (process, address):
         listening = psutil.Process(process.pid).net_connections()
         assert {place.laddr.ip for place in listening if place.status == "LISTEN"} <= {"127.0.0.1", "::1"}
         bare, token = address.split("?token=")

@@ -1,13 +1,9 @@
 """The table of the papers' claims: made from the shipped scores by one command, checked against scipy, resumable."""
 
 import csv
-import os
 import re
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -52,13 +48,14 @@ def test_a_part_is_measured_once_and_a_killed_run_keeps_what_was_finished(tmp_pa
     monkeypatch.setattr(measure_claims, "ProcessPoolExecutor", InLine)
     asked = []
 
-    def part_tuned(base, number):
+    def measure_tuned(base, number):
         asked.append(number)
         if number == 3 and asked.count(3) == 1:
             raise KeyboardInterrupt
         return {"score": np.arange(number)}
 
-    monkeypatch.setattr(measure_claims, "part_tuned", part_tuned)
+    _, settings = measure_claims.PARTS["tuned"]
+    monkeypatch.setitem(measure_claims.PARTS, "tuned", (measure_tuned, settings))
     many = [{"base": "0", "number": number} for number in (1, 2, 3)]
     with pytest.raises(KeyboardInterrupt):
         measure_claims.get_results("tuned", many)
@@ -72,7 +69,7 @@ def test_a_part_is_measured_once_and_a_killed_run_keeps_what_was_finished(tmp_pa
     measure_claims.get_results("tuned", [many[0], many[0] | {"number": 4}, many[0] | {"number": 4}])
     assert asked == [1, 2, 3, 3, 4], "another part is added, and asked for twice it is measured once"
     assert len(measure_claims.read_results(tmp_path / "claims" / "tuned.npz")) == 4
-    monkeypatch.setattr(measure_claims, "RECIPE", measure_claims.RECIPE | {"scale": 30.0})
+    monkeypatch.setitem(measure_claims.RECIPE, "scale", 30.0)
     measure_claims.get_results("tuned", many[:1])
     assert asked == [1, 2, 3, 3, 4, 1], "with another recipe nothing of the old one may be used"
 
@@ -83,7 +80,9 @@ def test_a_result_rests_on_its_own_settings_and_bases_alone(monkeypatch):
         for part in ("tuned", "nnn")
     }
     monkeypatch.setitem(measure_claims.BASES, "another", ["--seed", "9"])
-    monkeypatch.setattr(measure_claims, "ALPHAS", (0.0, 1.0))
+    measure_nnn, (ks, alphas) = measure_claims.PARTS["nnn"]
+    assert (ks, alphas) == (measure_claims.KS, measure_claims.ALPHAS)
+    monkeypatch.setitem(measure_claims.PARTS, "nnn", (measure_nnn, [ks, (0.0, 1.0)]))
     monkeypatch.setitem(measure_claims.OPTIONS, "adaptive", (0.1, 0.5))
     now = {
         part: measure_claims.describe_settings(part, {"base": "1", "way": "adaptive", "finder": "2"}) for part in kept
@@ -197,8 +196,7 @@ def test_every_way_to_train_runs_in_small_and_changes_what_it_should(tmp_path, m
     few = {name: gu.load_images("mini", name).subset(np.arange(200)) for name in ("train", "validation", "bank")}
     few["captions_validation"] = gu.load_images("mini", "captions_validation").subset(np.arange(100))
     monkeypatch.setattr(measure_claims, "load_images_of", few.get)
-    for cached in ("embed_base", "find_captions_by"):
-        monkeypatch.setattr(measure_claims, cached, getattr(measure_claims, cached).__wrapped__)
+    monkeypatch.setattr(measure_claims, "find_captions_by", measure_claims.find_captions_by.__wrapped__)
 
     def weights(encoder):
         state = encoder.model.state_dict()
@@ -206,17 +204,17 @@ def test_every_way_to_train_runs_in_small_and_changes_what_it_should(tmp_path, m
 
     images, texts = weights(measure_claims.open_base("0"))
     for options in ({"way": "adaptive"}, {"way": "arcmargin", "finder": "0", "weight": 0.5}):
-        moved, kept = weights(measure_claims.tune("0", rate=1e-3, **options))
+        moved, kept = weights(measure_claims.tune_base("0", rate=1e-3, **options))
         assert not torch.equal(moved, images) and torch.equal(kept, texts), options
-    again, _ = weights(measure_claims.tune("0", rate=1e-3, **options))
+    again, _ = weights(measure_claims.tune_base("0", rate=1e-3, **options))
     assert torch.equal(again, moved), "the second call finds the training done"
     kept, moved = weights(measure_claims.realign_base("0", 1e-3, rate=1e-3, **options))
     assert torch.equal(kept, again) and not torch.equal(moved, texts)
 
-    start, _ = weights(measure_claims.tune("0", "arcmargin", 1e-3))
+    start, _ = weights(measure_claims.tune_base("0", "arcmargin", 1e-3))
     further = {number: weights(measure_claims.continue_tuning("0", 1e-3, 1e-3, number))[0] for number in (0, 1, 4)}
     further["averaged"], _ = weights(measure_claims.continue_tuning("0", 1e-3, 1e-3, 1, ema=0.9))
-    further["unequal"], _ = weights(measure_claims.tune_unequal("0", 2))
+    further["unequal"], _ = weights(measure_claims.tune_unequally("0", 2))
     longer, kept = weights(measure_claims.continue_tuning("0", 1e-3, 1e-3, 0, passes=2.0))
     assert torch.equal(kept, texts) and not torch.equal(longer, further[0]), "from another start"
     moves = {name: (state - start).norm() for name, state in further.items()}
@@ -233,15 +231,17 @@ def test_a_line_between_two_models_begins_and_ends_at_them_and_rules_lie_between
     monkeypatch.setattr(
         measure_claims, "continue_tuning", lambda base, start_rate, rate, number: gu.load_encoder(names[number])
     )
-    monkeypatch.setattr(measure_claims, "tune", lambda *_: gu.load_encoder("mini"))
-    line = measure_claims.part_between("0", 1e-3, rate=1e-3)["image"]
+    monkeypatch.setattr(measure_claims, "tune_base", lambda *_: gu.load_encoder("mini"))
+    line = measure_claims.measure_between("0", 1e-3, rate=1e-3)["image"]
     for scores, name in ((line[0], tuned), (line[-1], "mini")):
-        np.testing.assert_array_equal(scores, measure_claims.score_images(gu.embed_images(gu.load_encoder(name), few)))
+        np.testing.assert_array_equal(
+            scores, measure_claims.score_images(gu.embed_images(gu.load_encoder(name), few)[0])
+        )
     assert len(line) == len(measure_claims.SHARES)
     key = "visual.transformer.resblocks.0.mlp.c_fc.weight"
     moved = {}
     for rule in measure_claims.RULES:
-        state = measure_claims.part_relative("0", 1e-3, 1e-3, rule)
+        state = measure_claims.measure_relative("0", 1e-3, 1e-3, rule)
         moved[rule] = (state[key] - gu.load_encoder("mini").model.state_dict()[key]).norm().item()
     assert (
         moved["WiSE-FT"] == pytest.approx(moved["uniform soup"] / 2, rel=1e-4)
@@ -254,13 +254,8 @@ def table():
     return published_tables.read_numbers(gu.DATA / "claims.csv")
 
 
-def measured_claims():
-    parts = ("losses", "text", "soups", "small", "neighbors")
-    return [line for part in parts for line in getattr(claims_table, f"claim_{part}")()]
-
-
 def test_the_table_follows_from_the_shipped_scores(table):
-    for line, written in zip(measured_claims(), table, strict=True):
+    for line, written in zip(claims_table.make_claims(), table, strict=True):
         assert line == written, line["claim"]
 
 
@@ -289,7 +284,7 @@ def test_a_claim_is_shown_where_its_whole_interval_says_so():
 def test_pairing_and_interval_are_those_of_scipy_where_queries_are_drawn(table):
     """One row: the text search that image-only tuning loses. The mean over seeds comes first, then the difference query by
     query; scipy's paired bootstrap of both columns, and its paired t-test, give the same interval."""
-    found = measure_claims.score_text_models(["0", "1", "2"])
+    found = measure_claims.score_models()
     before, after = (
         np.mean([100 * (result["text"] <= 5) for result in found[name]], axis=0) for name in ("base", "image-only")
     )
@@ -308,7 +303,7 @@ def test_pairing_and_interval_are_those_of_scipy_where_queries_are_drawn(table):
 
 
 def test_an_interval_of_image_search_is_that_of_scipy_over_classes(table):
-    steps, labels = measure_claims.score_ladder(), gu.load_images("mini", "test").labels
+    steps, labels = measure_claims.score_models(), gu.load_images("mini", "test").labels
     means = [
         np.mean([100 * result["image"].astype(float) for result in steps[name]], axis=0)
         for name in ("arcmargin", "margin 0")
@@ -343,7 +338,8 @@ def test_the_curves_are_shipped_and_follow_from_the_scores():
         "overlap",
         "gallery",
     }
-    measured = [point for curve in claims_table.CURVES.values() for point in curve()]
+    assert {row["line"] for row in published_tables.load_curve("ladder")} == set(measure_claims.LADDER)
+    measured = claims_table.make_curves()
     assert [float(row["y"]) for row in rows] == [point["y"] for point in measured]
     for row in rows:
         assert float(row["low"]) <= float(row["y"]) <= float(row["high"]), row
@@ -360,34 +356,3 @@ def test_what_the_readme_says_of_the_claims_is_in_the_table(table):
     assert len(said) >= 8 and set(said) <= lines
     assert {line.split("|")[4].strip() for line in said} == {"yes", "no"}, "what does not show is not left out"
     assert f"{sum(line['shown'] == 'yes' for line in table)} of {len(table)} claims show" in readme
-
-
-def test_train_all_measures_anew_beside_what_is_shipped_and_replaces_it_in_the_end(tmp_path, monkeypatch):
-    """In small: the process that trains leaves one result; it is merged into the shipped ones, and the tables follow."""
-    kept, written = tmp_path / "claims", []
-    kept.mkdir()
-    measure_claims.save_results(kept / "tuned.npz", {"a": {"x": np.zeros(2)}, "b": {"x": np.zeros(2)}})
-    monkeypatch.setattr(claims_table, "KEPT", kept)
-    monkeypatch.setattr(gu, "work_folder", lambda: tmp_path)
-    monkeypatch.setattr(claims_table, "main", lambda: written.append(measure_claims.read_results(kept / "tuned.npz")))
-
-    def train(command, env, check):
-        assert command[1:] == [str(gu.DATA / "claims_table.py"), "ladder"] and check
-        folder = Path(env["GPNNS_CLAIMS_ANEW"])
-        assert folder == tmp_path / "runs" / "claims_anew"
-        folder.mkdir(parents=True)
-        measure_claims.save_results(folder / "tuned.npz", {"b": {"x": np.ones(2)}})
-
-    monkeypatch.setattr(claims_table.subprocess, "run", train)
-    points = claims_table.load_curve("ladder", again=True)
-    assert {point["curve"] for point in points} == {"ladder"} and len(points) == len(measure_claims.LADDER)
-    assert [(name, float(result["x"][0])) for name, result in written[0].items()] == [("a", 0.0), ("b", 1.0)]
-
-
-def test_what_is_measured_anew_finds_nothing_done(tmp_path):
-    code = "from gpnns_utils import measure_claims as m; print(m.results_in(m.KEPT / 'tuned.npz'), m.KEPT, m.RUNS)"
-    env = os.environ | {"GPNNS_CLAIMS_ANEW": str(tmp_path)}
-    said = subprocess.run(
-        [sys.executable, "-c", code], env=env, cwd=gu.HERE, capture_output=True, text=True, check=True
-    )
-    assert said.stdout.split() == ["{}", str(tmp_path), str(tmp_path / "runs")]

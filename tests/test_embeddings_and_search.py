@@ -1,7 +1,10 @@
 """Embedding with a cache that survives anything, and exact, approximate and binary search."""
 
+import contextlib
+import copy
 import os
 import signal
+import sqlite3
 import threading
 import time
 import warnings
@@ -17,12 +20,13 @@ from PIL import Image
 
 import gpnns_utils as gu
 from gpnns import training_data, training_loop
+from gpnns.encoders import heads
 from gpnns.images import decoding
 
 
 def test_embeddings_are_float32_unit_rows_in_the_order_of_the_images(world, cache):
     encoder = gu.load_encoder("mini", "cpu")
-    embeddings = gu.embed_images(encoder, world)
+    embeddings = gu.embed_images(encoder, world)[0]
     assert embeddings.dtype == np.float32 and embeddings.shape == (240, 128)
     np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), 1, atol=1e-6)
     with torch.no_grad():
@@ -32,10 +36,10 @@ def test_embeddings_are_float32_unit_rows_in_the_order_of_the_images(world, cach
 
 def test_worker_processes_change_nothing(folder, cache, monkeypatch):
     encoder = gu.load_encoder("mini", "cpu")
-    assert decoding.count_decoders(gu.load_images(folder)) == 0, "so few are decoded here"
-    direct = gu.embed_images(encoder, gu.load_images(folder), cache=False)
-    monkeypatch.setattr(decoding, "count_decoders", lambda images: 2)
-    np.testing.assert_array_equal(gu.embed_images(encoder, gu.load_images(folder), cache=False), direct)
+    assert decoding.count_decoders(gu.load_images(folder), 12) == 0, "so few are decoded here"
+    direct = gu.embed_images(encoder, gu.load_images(folder), cache=False)[0]
+    monkeypatch.setattr(decoding, "count_decoders", lambda images, count: 2)
+    np.testing.assert_array_equal(gu.embed_images(encoder, gu.load_images(folder), cache=False)[0], direct)
 
 
 def many_files(folder, count=300):
@@ -57,12 +61,12 @@ def read_with_little(folder, out):
     images, encoder = many_files(folder), gu.load_encoder("efficientnet_lite0", "cpu")
     images.labels = np.arange(len(images)) % 8
     data = training_data.TrainingImages(images, encoder.preprocess)
-    decoding.count_decoders = lambda images: 8
-    gu.run_tower = lambda encoder, tower, batch: gu.unit_rows(batch.flatten(1)[:, ::1000].numpy())
+    decoding.count_decoders = lambda images, count: 8
+    gu.run_tower = lambda encoder, tower, batch, size: gu.unit_rows(batch.flatten(1)[:, ::1000].numpy())
     encoder.dim = 151
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
     resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128))
-    vectors = gu.embed_images(encoder, images, batch_size=64, cache=False)
+    vectors = gu.embed_images(encoder, images, batch_size=64, cache=False)[0]
     draws = [[(0, row) for row in range(start, start + 64)] for start in range(0, 256, 64)]
     repeatable = training_loop.Repeatable(data, 0)
     batches = list(decoding.read_in_workers(repeatable, draws, 8, training_loop.to_arrays))
@@ -155,31 +159,6 @@ class AlwaysShort(torch.utils.data.Dataset):
         raise OSError(24, "Too many open files")
 
 
-@pytest.mark.parametrize("name", ["mini", "pixels", "efficientnet_lite0", "open_clip:ViT-S-32-alt/random"])
-def test_pictures_travel_as_bytes_and_become_the_same_numbers_to_the_last_bit(name, world):
-    encoder = gu.load_encoder(name, "cpu")
-    in_worker, on_device = encoder.in_two_parts()
-    for row in (0, 100, 200):
-        pixels = in_worker(world[row])
-        assert pixels.dtype == torch.uint8
-        assert torch.equal(on_device(pixels[None])[0], encoder.preprocess(world[row]))
-
-
-def test_preprocessing_that_is_not_known_stays_whole(world):
-    encoder = gu.load_encoder("mini", "cpu")
-    plain, steps = encoder.preprocess, encoder.preprocess.transforms
-    encoder.preprocess = lambda image: plain(image) * 2
-    in_worker, on_device = encoder.in_two_parts()
-    assert in_worker is encoder.preprocess and torch.equal(on_device(in_worker(world[0])), 2 * plain(world[0]))
-
-    class Brighter(type(steps[-2])):
-        def __call__(self, image):
-            return super().__call__(image) + 0.1
-
-    encoder.preprocess = type(plain)([*steps[:-2], Brighter(), steps[-1]])
-    assert encoder.in_two_parts()[0] is encoder.preprocess
-
-
 def counting(encoder):
     """The same encoder, and a list that grows by the size of each batch it computes."""
     batches, tower = [], encoder.image_tower
@@ -195,41 +174,143 @@ def counting(encoder):
 def test_a_second_run_reads_the_cache(folder, cache):
     encoder = gu.load_encoder("mini", "cpu")
     batches = counting(encoder)
-    first = gu.embed_images(encoder, gu.load_images(folder))
-    computed = sum(batches) - 1  # one probe per call goes into the key
+    first = gu.embed_images(encoder, gu.load_images(folder))[0]
+    computed = sum(batches) - 1  # a probe goes into the key
     assert computed == 12
-    np.testing.assert_array_equal(gu.embed_images(encoder, gu.load_images(folder)), first)
-    assert sum(batches) - 2 == computed
+    np.testing.assert_array_equal(gu.embed_images(encoder, gu.load_images(folder))[0], first)
+    assert sum(batches) - 1 == computed
 
 
 def test_the_cache_follows_content_weights_and_preprocessing(folder, cache):
     encoder = gu.load_encoder("mini", "cpu")
     batches = counting(encoder)
-    before = gu.embed_images(encoder, gu.load_images(folder))
+    before = gu.embed_images(encoder, gu.load_images(folder))[0]
     path = folder / "red" / "0.png"
     times = path.stat()
     Image.new("RGB", (50, 40), "black").save(path)
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # same name, same time, other content
-    after = gu.embed_images(encoder, gu.load_images(folder))
-    assert sum(batches) - 2 == 24 and not np.allclose(before[8], after[8])
+    after = gu.embed_images(encoder, gu.load_images(folder))[0]
+    assert sum(batches) - 1 == 13 and not np.allclose(before[8], after[8]), "the changed one alone is computed"
     np.testing.assert_allclose(np.delete(before, 8, 0), np.delete(after, 8, 0), atol=1e-6)
     other = gu.load_encoder("random", "cpu")
-    assert not np.allclose(gu.embed_images(other, gu.load_images(folder)), after)
+    assert not np.allclose(gu.embed_images(other, gu.load_images(folder))[0], after)
 
 
 def test_changing_weights_or_a_tower_in_place_is_noticed(folder, cache):
     encoder = gu.load_encoder("mini", "cpu")
-    before = gu.embed_images(encoder, gu.load_images(folder))
+    before = gu.embed_images(encoder, gu.load_images(folder))[0]
     with torch.no_grad():
         encoder.model.visual.proj.mul_(torch.linspace(0.5, 1.5, 128))
-    assert not np.allclose(gu.embed_images(encoder, gu.load_images(folder)), before)
+    assert not np.allclose(gu.embed_images(encoder, gu.load_images(folder))[0], before)
     plain = gu.load_encoder("mini", "cpu")
     tower = plain.image_tower
     plain.image_tower = lambda batch: tower(batch).flip(1)
-    np.testing.assert_allclose(gu.embed_images(plain, gu.load_images(folder)), before[:, ::-1], atol=1e-6)
-    text, text_tower = gu.embed_texts(plain, ["a vase"]), plain.text_tower
-    plain.text_tower = lambda texts: text_tower([t.upper() + " of gold" for t in texts])
+    np.testing.assert_allclose(gu.embed_images(plain, gu.load_images(folder))[0], before[:, ::-1], atol=1e-6)
+    text, tokenizer = gu.embed_texts(plain, ["a vase"]), plain.tokenizer
+    plain.tokenizer = lambda texts: tokenizer([t.upper() + " of gold" for t in texts])
     assert not np.allclose(gu.embed_texts(plain, ["a vase"]), text)
+
+
+@pytest.mark.parametrize(
+    "change",
+    {
+        "in place": lambda model: model.visual.proj.mul_(1.5),
+        "around its version": lambda model: model.visual.proj.data.mul_(1.5),
+        "a buffer's": lambda model: model.visual.register_buffer("scale", torch.ones(1)),
+        "another state": lambda model: model.load_state_dict(gu.load_encoder("random", "cpu").model.state_dict()),
+        "another parameter": lambda model: setattr(
+            model.visual, "proj", torch.nn.Parameter(model.visual.proj.flip(0).clone())
+        ),
+        "a layer": lambda model: setattr(model.visual, "ln_post", torch.nn.Identity()),
+        "a layer's attribute": lambda model: setattr(model.visual.ln_post, "eps", 1.0),
+        "a hook": lambda model: model.visual.register_forward_hook(lambda module, given, found: found.flip(1)),
+        "a step": lambda model: take_a_step(model.visual),
+    }.items(),
+    ids=lambda item: item[0],
+)
+def test_a_fingerprint_is_kept_until_what_it_stands_for_changes(change, monkeypatch):
+    encoder, probed = gu.load_encoder("mini", "cpu"), []
+    features = type(encoder).features
+    monkeypatch.setattr(type(encoder), "features", lambda *asked: probed.append(1) or features(*asked))
+    before = encoder.fingerprint("images"), encoder.fingerprint("texts")
+    with torch.no_grad():
+        encoder.image_tower(torch.zeros(1, 3, 48, 48))
+    assert (encoder.fingerprint("images"), encoder.fingerprint("texts")) == before and len(probed) == 2
+    with torch.no_grad():
+        change[1](encoder.model)
+    probed.clear()
+    assert encoder.fingerprint("images") != before[0] and len(probed) == 1
+    assert (encoder.fingerprint("texts") == before[1]) == (change[0] != "another state")
+
+
+def take_a_step(module):
+    """One step of an optimizer."""
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    for value in module.parameters():
+        value.grad = torch.ones_like(value)
+    optimizer.step()
+
+
+def test_a_replaced_tower_tokenizer_or_preprocessing_is_noticed_also_when_it_is_changed_in_place():
+    encoder = gu.load_encoder("mini", "cpu")
+    seen = {encoder.fingerprint()}
+    encoder.preprocess.transforms[-1].mean = (0.1, 0.2, 0.3)
+    seen.add(encoder.fingerprint())
+    tower, tokenizer = encoder.image_tower, encoder.tokenizer
+    encoder.image_tower = lambda batch: tower(batch).flip(1)
+    seen.add(encoder.fingerprint())
+    assert len(seen) == 3
+    texts = encoder.fingerprint("texts")
+    encoder.tokenizer = lambda texts: tokenizer([text.upper() + " of gold" for text in texts])
+    assert encoder.fingerprint("texts") != texts
+
+
+@pytest.mark.parametrize(
+    ("name", "dim", "before"),
+    [
+        ("mini", None, False),
+        ("efficientnet_lite0:64", None, False),
+        ("efficientnet_lite0:64", 8, False),
+        ("mini", 8, False),
+        ("mini", None, True),
+        ("mini", 8, True),
+    ],
+)
+def test_a_deep_copy_embeds_images_and_texts_with_weights_of_its_own(name, dim, before):
+    encoder = gu.load_encoder(name, "cpu")
+    encoder = heads.add_head(encoder, dim, before) if dim or before else encoder
+    batch, texts = torch.rand(2, 3, *[encoder.image_size] * 2), ["a red flower", "a blue vase"]
+
+    def embed(one):
+        found = [one.features(one.image_tower, batch)]
+        return found + ([one.features(one.text_tower, texts)] if one.has_text else [])
+
+    old, marks = embed(encoder), [encoder.fingerprint(of) for of in ("images", "texts")[: 1 + encoder.has_text]]
+    other = copy.deepcopy(encoder)
+    for first, second in zip(old, embed(other), strict=True):
+        np.testing.assert_array_equal(first, second)
+    assert [other.fingerprint(of) for of in ("images", "texts")[: len(old)]] == marks
+    with torch.no_grad():
+        for value in other.model.parameters():
+            value.mul_(1.3)
+    for first, second, third in zip(old, embed(encoder), embed(other), strict=True):
+        np.testing.assert_array_equal(first, second)
+        assert not np.allclose(first, third)
+    assert [encoder.fingerprint(of) for of in ("images", "texts")[: len(old)]] == marks
+    assert not {other.fingerprint(of) for of in ("images", "texts")[: len(old)]} & set(marks)
+
+
+def test_an_encoder_of_one_s_own_may_take_texts_without_a_tokenizer():
+    encoder = gu.Encoder(
+        "own",
+        gu.load_encoder("pixels", "cpu").preprocess,
+        lambda batch: batch.mean((2, 3)),
+        lambda texts: torch.tensor([[float(len(text)), 1, 2] for text in texts]),
+    )
+    assert encoder.has_text and gu.embed_texts(encoder, ["a", "bcd"], cache=False).shape == (2, 3)
+    assert encoder.fingerprint("texts") == encoder.fingerprint("texts") != encoder.fingerprint("images")
+    with pytest.raises(ValueError, match="pixels encodes images only"):
+        gu.load_encoder("pixels", "cpu").text_tower(["a"])
 
 
 def trimmed(image):
@@ -290,23 +371,23 @@ def test_a_transform_s_own_description_is_part_of_the_key_and_its_address_is_not
 
 def test_a_damaged_cache_file_is_named_and_computed_again(folder, cache):
     encoder = gu.load_encoder("mini", "cpu")
-    first = gu.embed_images(encoder, gu.load_images(folder))
-    (shard,) = cache.rglob("*.npy")
-    shard.write_bytes(shard.read_bytes()[:100])
+    first = gu.embed_images(encoder, gu.load_images(folder))[0]
+    (kept,) = cache.rglob("*.sqlite")
+    kept.write_bytes(kept.read_bytes()[:100])
     with pytest.warns(UserWarning, match="damaged"):
-        again = gu.embed_images(encoder, gu.load_images(folder))
+        again = gu.embed_images(encoder, gu.load_images(folder))[0]
     np.testing.assert_array_equal(first, again)
 
 
 def embed_slowly(out, pause):
-    """Embed a part of the drawn world in shards of 64, with a pause before each batch."""
-    gu.SHARD = 64
+    """Embed a part of the drawn world, kept 64 by 64, with a pause before each batch."""
+    gu.SAVE_EVERY = 64
     torch.set_num_threads(1)
     encoder = gu.load_encoder("mini", "cpu")
     tower = encoder.image_tower
     encoder.image_tower = lambda batch: time.sleep(pause) or tower(batch)
     images = gu.load_images("mini", "test")
-    np.save(out, gu.embed_images(encoder, images.subset(images.labels % 40 < 4), batch_size=16))
+    np.save(out, gu.embed_images(encoder, images.subset(images.labels % 40 < 4), batch_size=16)[0])
 
 
 def test_a_killed_run_goes_on_where_it_stopped_with_identical_bits(world, tmp_path):
@@ -319,8 +400,13 @@ def test_a_killed_run_goes_on_where_it_stopped_with_identical_bits(world, tmp_pa
         environment = {"GPNNS_CACHE": str(tmp_path / cache)}
         return start_apart(embed_slowly, tmp_path / out, pause, folder=tmp_path / "said", environment=environment)
 
-    def shards(cache):
-        return {p.name: p.stat().st_mtime_ns for p in (tmp_path / cache / "embeddings").rglob("*.npy")}
+    def kept(cache):
+        """The embeddings that are kept, by key."""
+        found = {}
+        for file in (tmp_path / cache / "embeddings").rglob("*.sqlite"):
+            with contextlib.suppress(sqlite3.OperationalError), contextlib.closing(sqlite3.connect(file)) as base:
+                found |= dict(base.execute("SELECT key, vector FROM embeddings"))
+        return found
 
     def finish(process):
         process.join(60)
@@ -328,16 +414,16 @@ def test_a_killed_run_goes_on_where_it_stopped_with_identical_bits(world, tmp_pa
 
     process = start("killed", "never.npy", 0.25)
     deadline = time.time() + 60
-    while len(shards("killed")) < 2 and time.time() < deadline:
+    while len(kept("killed")) < 128 and time.time() < deadline:
         time.sleep(0.02)
     process.kill()
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    done = shards("killed")
-    assert 2 <= len(done) < 4, "the run was killed half-way"
+    done = kept("killed")
+    assert 128 <= len(done) < 240, "the run was killed half-way"
     assert not (tmp_path / "never.npy").exists()
     finish(start("killed", "resumed.npy", 0))
-    assert done.items() <= shards("killed").items(), "finished shards are kept as they were"
+    assert done.items() <= kept("killed").items(), "what was finished is kept as it was"
     finish(start("fresh", "fresh.npy", 0))
     assert (tmp_path / "resumed.npy").read_bytes() == (tmp_path / "fresh.npy").read_bytes()
 
@@ -351,19 +437,19 @@ def break_some(folder):
 
 def test_unreadable_images_are_named_left_out_and_counted(folder, cache):
     encoder = gu.load_encoder("mini", "cpu")
-    whole = gu.embed_images(encoder, gu.load_images(folder))
+    whole = gu.embed_images(encoder, gu.load_images(folder))[0]
     break_some(folder)
     for run in ("computed", "from the cache"):
         images = gu.load_images(folder)
         with pytest.warns(UserWarning, match="3 of 12 images cannot be read") as caught:
-            embeddings = gu.embed_images(encoder, images)
+            embeddings, found = gu.embed_images(encoder, images)
         message = str(caught[0].message)
         assert len(caught) == 1 and all(name in message for name in ("blue/1.png", "green/2.png", "red/3.png")), run
-        assert len(images.left_out) == 3
+        assert len(found.left_out) == 3 and len(images) == 12 and not images.left_out, "the argument stays as it was"
         kept = np.setdiff1d(np.arange(12), [1, 6, 11])
-        np.testing.assert_array_equal(images.labels, np.repeat([0, 1, 2], 4)[kept])
+        np.testing.assert_array_equal(found.labels, np.repeat([0, 1, 2], 4)[kept])
         np.testing.assert_allclose(embeddings, whole[kept], atol=1e-6)
-        assert [p.name for p in images.images][:3] == ["0.png", "2.png", "3.png"]
+        assert [p.name for p in found.images][:3] == ["0.png", "2.png", "3.png"]
 
 
 def test_no_readable_image_at_all_is_an_error(folder, cache):
@@ -381,25 +467,25 @@ def blank_pages(folder, *names):
 def test_a_blank_page_is_left_out_and_named_like_an_unreadable_file(folder, cache):
     """`pixels` subtracts the mean color; of one color nothing remains. The others keep their rows and their numbers."""
     encoder = gu.load_encoder("pixels", "cpu")
-    whole = gu.embed_images(encoder, gu.load_images(folder), cache=False)
+    whole = gu.embed_images(encoder, gu.load_images(folder), cache=False)[0]
     blank_pages(folder, "blue/1.png", "red/3.png")
     (folder / "green" / "2.png").write_bytes(b"broken")
     for run in ("computed", "from the cache", "not cached"):
         images = gu.load_images(folder)
         with pytest.warns(UserWarning) as caught:
-            embeddings = gu.embed_images(encoder, images, batch_size=2, cache=run != "not cached")
+            embeddings, found = gu.embed_images(encoder, images, batch_size=2, cache=run != "not cached")
         said = [str(warning.message) for warning in caught]
         assert "1 of 12 images cannot be read" in said[0] and "green/2.png" in said[0], run
-        assert "2 of 11 images get a vector from pixels that is zero" in said[1]
+        assert "2 of 12 images get a vector from pixels that is zero" in said[1]
         assert "blue/1.png" in said[1] and "red/3.png" in said[1] and len(said) == 2
-        assert len(images.left_out) == 3
+        assert len(found.left_out) == 3
         kept = np.setdiff1d(np.arange(12), [1, 6, 11])
-        np.testing.assert_array_equal(images.rows, kept)
-        np.testing.assert_array_equal(images.labels, np.repeat([0, 1, 2], 4)[kept])
+        np.testing.assert_array_equal(found.rows, kept)
+        np.testing.assert_array_equal(found.labels, np.repeat([0, 1, 2], 4)[kept])
         np.testing.assert_allclose(embeddings, whole[kept], atol=1e-6)
     images = gu.load_images(folder)
     with pytest.warns(UserWarning, match="1 of 12 images cannot be read"):
-        assert len(gu.embed_images(gu.load_encoder("mini", "cpu"), images)) == 11, "mini has a vector for any page"
+        assert len(gu.embed_images(gu.load_encoder("mini", "cpu"), images)[0]) == 11, "mini has a vector for any page"
 
 
 def test_only_blank_pages_are_an_error(folder, cache):
@@ -410,11 +496,11 @@ def test_only_blank_pages_are_an_error(folder, cache):
 
 def test_a_text_without_a_vector_is_named(cache):
     encoder = gu.load_encoder("mini", "cpu")
-    tower = encoder.text_tower
-    encoder.text_tower = lambda texts: tower(texts) * torch.tensor([[float(text != "a void")] for text in texts])
+    tower, encoder.tokenizer = copy.copy(encoder).text_tower, None  # a tower of one's own takes the texts themselves
+    encoder.encode_text = lambda texts: tower(texts) * torch.tensor([[float(text != "a void")] for text in texts])
     with pytest.raises(ValueError, match="mini gives a vector that is zero or not finite for 'a void'"):
         gu.embed_texts(encoder, ["a red flower", "a blue vase", "a void"], batch_size=2)
-    assert not list(cache.rglob("*.npy"))
+    assert not list(cache.rglob("*.sqlite"))
 
 
 def test_text_asked_of_an_image_encoder_says_what_to_use(cache):
@@ -428,8 +514,8 @@ def test_texts_are_cached_and_keep_their_order(cache):
     encoder = gu.load_encoder("mini", "cpu")
     texts = ["a red flower", "a blue vase", "a face with glasses"]
     first = gu.embed_texts(encoder, texts)
-    tower, asked = encoder.text_tower, []
-    encoder.text_tower = lambda texts: asked.extend(texts) or tower(texts)
+    tokenizer, asked = encoder.tokenizer, []
+    encoder.tokenizer = lambda texts: asked.extend(texts) or tokenizer(texts)
     np.testing.assert_array_equal(gu.embed_texts(encoder, texts), first)
     assert not set(texts) & set(asked), "the cache answers"
     np.testing.assert_allclose(np.linalg.norm(first, axis=1), 1, atol=1e-6)
@@ -444,7 +530,7 @@ def test_an_encoder_that_returns_nonsense_is_an_error(world, cache, factor, mess
     encoder.image_tower = lambda batch: tower(batch) * factor
     with pytest.raises(ValueError, match=f"the features of pixels: row 0 .*{message}"):
         gu.embed_images(encoder, world)
-    assert not list(cache.rglob("*.npy")), "nothing wrong is cached"
+    assert not list(cache.rglob("*.sqlite")), "nothing wrong is cached"
 
 
 def test_class_embeddings_average_prompts(cache):
@@ -557,7 +643,7 @@ def test_nothing_warns_on_a_normal_run_and_nothing_is_printed(world, cache, caps
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         encoder = gu.load_encoder("mini", "cpu")
-        embeddings = gu.embed_images(encoder, world)
+        embeddings = gu.embed_images(encoder, world)[0]
         gu.search(embeddings, embeddings, 5, own=np.arange(len(embeddings)))
         gu.search(embeddings, embeddings, 3, bias=gu.hub_bias(embeddings, embeddings, 3))
         gu.build_index(embeddings, "ivf")

@@ -50,7 +50,7 @@ def test_every_notebook_has_its_solution_and_no_solution_stands_alone():
 @pytest.mark.parametrize("path", PATHS, ids=ids)
 def test_a_notebook_is_its_solution_without_the_answers(path):
     solved = [cell for cell in read(solution_of(path)) if not is_answer(cell)]
-    own = [(name, kind, RUN.in_solutions(source), tags) for name, kind, source, tags in sources(read(path))]
+    own = [(name, kind, RUN.redirect_links(source), tags) for name, kind, source, tags in sources(read(path))]
     assert own == sources(solved), "run `python -m gpnns.tools.run --solutions`"
     assert not any(is_answer(cell) for cell in read(path))
 
@@ -61,7 +61,7 @@ def test_three_to_five_exercises_each_with_question_stub_check_and_answer(path):
     assert numbers == list(range(1, len(numbers) + 1)) and 3 <= len(numbers) <= 5
     cells = read(solution_of(path))
     first = next(i for i, cell in enumerate(cells) if cell.source.startswith("## Exercises"))
-    assert RUN.in_solutions(f"](solutions/{path.name})") in cells[first].source
+    assert RUN.redirect_links(f"](solutions/{path.name})") in cells[first].source
     wanted = ["exercise", "stub", "why", "solution", "before-check", "check"]
     wanted = [f"{part}-{number}" for number in numbers for part in wanted]
     named = {cell.id: cell for cell in cells[first:]}
@@ -120,7 +120,7 @@ def test_a_changed_notebook_takes_its_answers_along(changed):
     outputs = read(changed)
     outputs[0].outputs, outputs[0].execution_count = [nbformat.v4.new_output("stream", text="2")], 1
     write(changed, *outputs)
-    subprocess.run([sys.executable, str(FOLDER / "run.py"), "--solutions", str(changed)], check=True)
+    subprocess.run([sys.executable, "-m", "gpnns.tools.run", "--solutions", str(changed)], check=True)
     cells = read(solution_of(changed))
     assert [(cell.id, cell.source) for cell in cells] == [
         ("a", "1 + 1"),

@@ -299,11 +299,11 @@ def test_other_pictures_of_the_same_classes_are_a_closed_question_in_which_they_
     )
     encoder = gu.load_encoder("pixels", "cpu")
     encoder.image_tower = lambda batch: batch.flatten(1)  # the color itself
-    scores = gu.embed_images(encoder, queries, cache=False) @ gu.embed_images(encoder, gallery, cache=False).T
+    scores = gu.embed_images(encoder, queries, cache=False)[0] @ gu.embed_images(encoder, gallery, cache=False)[0].T
     precisions = [
         average_precision_score(gallery.labels == own, row) for own, row in zip(queries.labels, scores, strict=True)
     ]
-    found = evaluation.image_to_image(encoder, *splits.test)
+    found = evaluation.evaluate(encoder, *splits.test)["image to image"]
     np.testing.assert_allclose(found.per_query, precisions, atol=1e-6)
     with pytest.raises(
         ValueError, match="test shows the classes that are trained on.*closed.*give images of other classes"
@@ -421,7 +421,7 @@ def test_before_projection_the_embedding_is_what_clip_would_project(resnet):
         assert torch.allclose(
             before.image_tower(batch) @ encoder.model.visual.proj, encoder.image_tower(batch), atol=1e-5
         )
-    assert before.text_tower is None and encoder.model.visual.proj is not None
+    assert not before.has_text and encoder.model.visual.proj is not None
     both = heads.add_head(before, 8)
     assert both.origin["before_projection"] and both.dim == 8
     with pytest.raises(ValueError, match="already has a head"):
@@ -517,7 +517,7 @@ def test_a_checkpoint_restores_the_encoder_and_its_towers_load_into_plain_open_c
     again = gu.load_encoder(f"mini@{path}")
     batch = torch.randn(3, 3, 48, 48)
     assert np.array_equal(again.features(again.image_tower, batch), headed.features(headed.image_tower, batch))
-    assert (again.text_tower is None) == bool(dim or before) and again.dim == headed.dim
+    assert again.has_text == (not dim and not before) and again.dim == headed.dim
     about = json.loads(path.with_suffix(".json").read_text())
     assert about["loss"] == "arcmargin" and about["load"] == "load_encoder('mini@tuned.safetensors')"
     plain = open_clip.create_model(f"local-dir:{gu.DATA / 'mini_clip'}", load_weights=False)
@@ -531,7 +531,8 @@ def test_a_checkpoint_restores_the_encoder_and_its_towers_load_into_plain_open_c
 def test_the_shipped_fine_tuning_gains_ten_points_over_its_start_and_keeps_the_text_tower():
     images = gu.load_images("mini", "test")
     start, tuned = gu.load_encoder("mini"), gu.load_encoder(f"mini@{gu.DATA}/mini_tuned/arcmargin.safetensors")
-    assert evaluation.image_to_image(tuned, images).mean > evaluation.image_to_image(start, images).mean + 0.10
+    before, after = (evaluation.evaluate(one, images)["image to image"].mean for one in (start, tuned))
+    assert after > before + 0.10
     assert all(
         torch.equal(a, b) for a, b in zip(*(e.model.transformer.parameters() for e in (start, tuned)), strict=True)
     )
@@ -663,7 +664,7 @@ def test_whatever_decides_what_is_learned_makes_another_training(tmp_path, folde
     def train(change):
         torch.manual_seed(0)
         encoder = gu.load_encoder("random")
-        settings = {"epochs": 1, "batch_size": 4, "balance": None}
+        settings = {"epochs": 1, "batch_size": 4, "balanced": False}
         photos = images.subset(np.arange(len(images)))
         flip, kind, scale = 0.5, training.ImageObjective, 30.0
         if change == "patches":
@@ -681,8 +682,8 @@ def test_whatever_decides_what_is_learned_makes_another_training(tmp_path, folde
             scale = 31.0
         if change == "code":
             kind = Doubled
-        if change == "balance":
-            settings["balance"] = photos.labels
+        if change == "balanced":
+            settings["balanced"] = True
         data = training_data.TrainingImages(photos, training_data.make_training_transform(encoder, flip))
         objective = kind(encoder, losses.ArcMargin(encoder.dim, 3, scale))
         groups = training.select_image_parameters(encoder, 1e-4)
@@ -691,7 +692,7 @@ def test_whatever_decides_what_is_learned_makes_another_training(tmp_path, folde
         training_loop.fit(objective, data, tmp_path / "runs", groups, **settings)
         return len(list((tmp_path / "runs").iterdir()))
 
-    changes = ["", "patches", "labels", "view", "images", "weights", "scale", "code", "balance", "fewer"]
+    changes = ["", "patches", "labels", "view", "images", "weights", "scale", "code", "balanced", "fewer"]
     assert [train(change) for change in changes] == list(range(1, 11))
     assert train("") == 10, "the first is recognised"
 
@@ -922,7 +923,7 @@ def test_several_processes_train_for_a_notebook_and_leave_it_the_weights_of_one(
         groups = [{"params": objective.parameters(), "lr": 1e-2}]  # a generator, as modules give it
         settings = {"epochs": 3, "batch_size": 16, "validate": lambda: objective.tower.weight.abs().sum().item() % 7}  # noqa: B023
         logs.append(
-            training_loop.fit_in_processes(processes, objective, data, tmp_path / str(processes), groups, **settings)
+            training_loop.fit_in_processes(objective, data, tmp_path / str(processes), groups, processes, **settings)
         )
         weights.append(objective.state_dict())
     assert [row["step"] for row in logs[0]] == [row["step"] for row in logs[1]]
@@ -935,7 +936,7 @@ def test_what_goes_wrong_in_a_process_is_said_in_the_notebook(tmp_path, forked):
     data = Described(torch.full((96, 10), torch.nan), torch.arange(96) % 12)
     with pytest.raises(Exception, match="the loss became .*nan.*Look at those images, or lower the rates"):
         training_loop.fit_in_processes(
-            2, objective, data, tmp_path, [{"params": objective.parameters(), "lr": 1e-2}], batch_size=16
+            objective, data, tmp_path, [{"params": objective.parameters(), "lr": 1e-2}], 2, batch_size=16
         )
 
 
@@ -995,38 +996,44 @@ def test_a_whole_fine_tuning_is_its_parts_put_together(tmp_path):
     photos = gu.load_images("mini", "validation").subset(np.arange(120))
     held_out = gu.load_images("mini", "validation").subset(np.arange(200, 240))
     recipe = {"epochs": 1.0, "batch_size": 40, "seed": 3}
-    whole, log = training.fine_tune(
-        gu.load_encoder("mini"), photos, held_out, tmp_path / "whole", rate=1e-3, proxy_rate=5e-3, flip=0.0, **recipe
-    )
+    whole, log = training.fine_tune_by_recipe(
+        gu.load_encoder("mini"), photos, held_out, tmp_path / "whole",
+        {"rate": 1e-3, "proxy_rate": 5e-3, "flip": 0.0, "scale": 30.0}, **recipe,
+    )  # fmt: skip
     assert log[-1]["step"] == 3
-    parts = gu.load_encoder("mini")
-    data = training_data.TrainingImages(photos, training_data.make_training_transform(parts, flip=0.0))
-    start = losses.class_means(gu.embed_images(parts, photos), data.labels)
+    middle, parts = gu.load_encoder("mini"), gu.load_encoder("mini")
+    transform = training_data.make_training_transform(parts, flip=0.0)
+    training.fine_tune(
+        middle, photos, held_out, tmp_path / "middle", transform=transform, rate=1e-3, proxy_rate=5e-3, **recipe
+    )
+    data = training_data.TrainingImages(photos, transform)
+    start = losses.class_means(gu.embed_images(parts, photos)[0], data.labels)
     torch.manual_seed(3)
     loss = losses.ArcMargin(parts.dim, len(start), 30.0, 0.1, start=start)
     groups = training.select_image_parameters(parts, 1e-3)
     groups.append({"params": loss.parameters(), "lr": 5e-3, "weight_decay": 0.01})
     objective = training.ImageObjective(parts, loss)
-    score = lambda: 100 * evaluation.image_to_image(parts, held_out).mean  # noqa: E731
+    score = lambda: 100 * evaluation.evaluate(parts, held_out, cache=False)["image to image"].mean  # noqa: E731
     training_loop.fit(objective, data, tmp_path / "parts", groups, validate=score, **recipe)
-    after, by_hand = whole.model.state_dict(), parts.model.state_dict()
-    assert all(torch.equal(after[key], by_hand[key]) for key in after)
+    after, between, by_hand = (encoder.model.state_dict() for encoder in (whole, middle, parts))
+    assert all(torch.equal(after[key], by_hand[key]) and torch.equal(between[key], by_hand[key]) for key in after)
     assert not torch.equal(after["visual.proj"], gu.load_encoder("mini").model.state_dict()["visual.proj"])
     with pytest.raises(TypeError, match="marginn"):
-        training.fine_tune(parts, photos, held_out, tmp_path / "parts", marginn=0.3)
+        training.fine_tune_by_recipe(parts, photos, held_out, tmp_path / "parts", {"marginn": 0.3})
 
 
 def tuned_in_small(tmp_path, monkeypatch, **recipe):
-    """What `fine_tune` hands to `fit`, stage by stage, without training: (encoder, [(objective, data set, groups, settings)])."""
+    """What a recipe hands to `fit`, stage by stage, without training: (encoder, [(objective, data set, groups, settings)])."""
     photos = gu.load_images("mini", "validation").subset(np.arange(120))
     stages = []
 
-    def record(processes, objective, dataset, folder, groups, **settings):
+    def record(objective, dataset, folder, groups, **settings):
         stages.append((objective, dataset, groups, settings))
         return []
 
     monkeypatch.setattr(training_loop, "fit_in_processes", record)
-    encoder, _ = training.fine_tune(gu.load_encoder("mini"), photos, photos, tmp_path, batch_size=40, **recipe)
+    recipe = {"batch_size": 40} | recipe
+    encoder, _ = training.fine_tune_by_recipe(gu.load_encoder("mini"), photos, photos, tmp_path, recipe)
     return encoder, stages
 
 
@@ -1036,7 +1043,7 @@ def test_a_recipe_sets_margins_by_class_size_centers_and_the_start_of_the_proxie
     counts = np.unique(photos.labels, return_counts=True)[1]
     assert objective.loss.margin.tolist() == pytest.approx(losses.margins_by_count(counts, 0.05, 0.5).tolist())
     assert objective.loss.centers == 3
-    means = torch.from_numpy(losses.class_means(gu.embed_images(gu.load_encoder("mini"), photos), photos.labels))
+    means = torch.from_numpy(losses.class_means(gu.embed_images(gu.load_encoder("mini"), photos)[0], photos.labels))
     for start, near in (("xavier", False), ("means", True)):
         _, [(objective, *_)] = tuned_in_small(tmp_path, monkeypatch, start=start)
         cosines = F.cosine_similarity(objective.loss.proxies, means)
@@ -1046,7 +1053,7 @@ def test_a_recipe_sets_margins_by_class_size_centers_and_the_start_of_the_proxie
 def test_a_head_learns_with_the_proxies_first_alone_and_then_stays(tmp_path, monkeypatch):
     recipe = {"head": 16, "head_first": 2.0, "frozen_head": True, "rate": 1e-3, "proxy_rate": 5e-3, "proxy_decay": 1e-5}
     encoder, (first, second) = tuned_in_small(tmp_path, monkeypatch, epochs=1.0, seed=0, **recipe)
-    assert encoder.dim == 16 and encoder.text_tower is None
+    assert encoder.dim == 16 and not encoder.has_text
     new = {id(value) for value in [*first[0].loss.parameters(), *encoder.model.embedding_head.parameters()]}
     assert first[3]["epochs"] == 2.0 and "validate" not in first[3]
     (group,) = first[2]
@@ -1058,10 +1065,14 @@ def test_a_head_learns_with_the_proxies_first_alone_and_then_stays(tmp_path, mon
         tuned_in_small(tmp_path, monkeypatch, frozen_head=True)
 
 
-def test_warm_up_is_a_share_of_the_steps_or_their_number(tmp_path, monkeypatch):
-    for warmup, steps in ((0.5, 6), (4, 4), (0.0, 0)):
-        _, [(*_, settings)] = tuned_in_small(tmp_path, monkeypatch, epochs=4.0, warmup=warmup)
-        assert settings["warmup"] == steps
+def test_warm_up_is_a_share_of_the_steps_or_their_number(tmp_path):
+    for warmup, steps in ((0.1, 8), (4, 4), (4.0, 4), (0.0, 0)):
+        _, log = fit_line(tmp_path / str(warmup), warmup=warmup)
+        rates = [row["rate"] for row in log]
+        assert rates[:steps] == pytest.approx([0.1 * step / steps for step in range(steps)])
+        assert rates.index(max(rates)) == steps
+    with pytest.raises(ValueError, match="warmup=81 steps do not fit into 80"):
+        fit_line(tmp_path, warmup=81)
 
 
 def test_views_by_autoaugment_are_squashed_and_keep_the_encoders_scale_of_pixels(tmp_path, monkeypatch):
@@ -1098,10 +1109,15 @@ def test_a_rate_that_makes_a_large_model_forget_is_said(tmp_path, monkeypatch):
 
 def test_scores_of_an_encoder_are_those_of_both_kinds_of_search():
     splits, mini = splitting.load_splits("mini"), gu.load_encoder("mini")
-    scores = evaluation.scores_of(mini, splits)
+    scores = evaluation.evaluate(mini, splits.test[0], captioned=splits.text_test)
     assert list(scores) == ["image to image", "text to image"]
-    assert scores["image to image"].mean == evaluation.image_to_image(mini, splits.test[0]).mean
+    embeddings, images = gu.embed_images(mini, splits.test[0])
+    wanted, own = gu.same_label(images.labels, images.labels), np.arange(len(images))[:, None]
+    by_hand = gu.mean_average_precision(gu.rank_relevant(embeddings, embeddings, wanted, leave_out=own))
+    np.testing.assert_array_equal(scores["image to image"].per_query, by_hand.per_query)
     texts, relevant = image_set.text_queries(splits.text_test)
-    ranks = gu.rank_relevant(gu.embed_texts(mini, texts), gu.embed_images(mini, splits.text_test), relevant)
+    ranks = gu.rank_relevant(gu.embed_texts(mini, texts), gu.embed_images(mini, splits.text_test)[0], relevant)
     assert scores["text to image"].mean == pytest.approx(gu.mean_average_precision(ranks).mean)
-    assert list(evaluation.scores_of(heads.embed_as_in_paper(mini), splits)) == ["image to image"], "no text tower"
+    assert list(evaluation.evaluate(heads.embed_as_in_paper(mini), splits.test[0], captioned=splits.text_test)) == [
+        "image to image"
+    ], "no text tower"

@@ -102,7 +102,7 @@ def open_file(path):
 
 def test_a_disk_that_fills_up_while_installing(course):
     with pytest.raises(SystemExit, match="The disk is full.*UV_CACHE_DIR.*same command again"):
-        INSTALL.step("sh", "-c", "echo 'error: failed to write: No space left on device (os error 28)'; exit 2")
+        INSTALL.run_step("sh", "-c", "echo 'error: failed to write: No space left on device (os error 28)'; exit 2")
 
 
 def test_no_network_for_the_first_package(course):
@@ -114,18 +114,20 @@ def test_no_network_for_the_others(course, monkeypatch, capfd):
     for name, value in OFFLINE.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit, match="could not be downloaded. Is this computer online"):
-        INSTALL.step(sys.executable, "-m", "uv", "pip", "install", "--target", str(course / "x"), "no-such-package")
+        INSTALL.run_step(sys.executable, "-m", "uv", "pip", "install", "--target", str(course / "x"), "no-such-package")
     assert NOWHERE in capfd.readouterr().out, "what uv itself says is there too"
 
 
 def test_a_python_for_which_a_package_is_not_made(course):
     with pytest.raises(SystemExit, match=r"is not made for Python 3\.\d+ on this kind of machine. Try another: make"):
-        INSTALL.step("sh", "-c", "echo 'No solution found when resolving dependencies: torch has no wheels'; exit 1")
+        INSTALL.run_step(
+            "sh", "-c", "echo 'No solution found when resolving dependencies: torch has no wheels'; exit 1"
+        )
 
 
 def test_a_failure_that_nobody_foresaw_shows_what_the_installer_said(course, capfd):
     with pytest.raises(SystemExit, match="the reason stands above"):
-        INSTALL.step("sh", "-c", "echo 'something new'; exit 1")
+        INSTALL.run_step("sh", "-c", "echo 'something new'; exit 1")
     assert "something new" in capfd.readouterr().out
 
 

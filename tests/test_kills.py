@@ -25,18 +25,18 @@ from gpnns.images import downloads
 
 
 def embed_photos(folder: Path, out: Path, photos: Path) -> None:
-    """Of files, in shards of 32."""
-    os.environ["GPNNS_CACHE"], gu.SHARD = str(folder), 32
+    """Of files, kept 32 by 32."""
+    os.environ["GPNNS_CACHE"], gu.SAVE_EVERY = str(folder), 32
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # for the workers that read; here they inherit another way
     encoder, images = gu.load_encoder("mini", "cpu"), gu.load_images(photos)
     (folder / "began").touch()
-    embeddings = gu.embed_images(encoder, images, batch_size=16)
+    embeddings = gu.embed_images(encoder, images, batch_size=16)[0]
     gu.write_atomically(out, lambda file: np.save(file, embeddings))
 
 
 def embed_sentences(folder: Path, out: Path, photos: Path) -> None:
-    os.environ["GPNNS_CACHE"], gu.SHARD = str(folder), 32
+    os.environ["GPNNS_CACHE"], gu.SAVE_EVERY = str(folder), 32
     torch.set_num_threads(1)
     texts = [f"a red flower and {number} blue vases" for number in range(400)]
     encoder = gu.load_encoder("mini", "cpu")

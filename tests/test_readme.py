@@ -3,12 +3,15 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import papermill as pm
 import pytest
+import test_house
+from conftest import execute
 
 import gpnns_utils as gu
 
@@ -118,34 +121,48 @@ def test_the_code_runs_as_it_stands(folder, cache, tmp_path, monkeypatch, capsys
     assert re.search(r"\d\.\d+ \(\d\.\d+, \d\.\d+\)", capsys.readouterr().out), "a score and its interval"
 
 
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """What `pip install .` puts into site-packages, in a folder of its own."""
+    folder = tmp_path_factory.mktemp("wheel") / "site"
+    command = [sys.executable, "-m", "uv", "pip", "install", "--quiet", "--no-deps", "--target", str(folder)]
+    subprocess.run([*command, str(gu.HERE)], check=True)
+    return folder
+
+
 @pytest.mark.slow
-def test_the_code_runs_in_an_empty_folder_once_the_package_is_installed(folder, tmp_path, monkeypatch):
-    """What `pip install .` puts into site-packages, training included."""
-    site = tmp_path / "site"
-    command = [
-        sys.executable,
-        "-m",
-        "uv",
-        "pip",
-        "install",
-        "--quiet",
-        "--no-deps",
-        "--target",
-        str(site),
-        str(gu.HERE),
-    ]
-    subprocess.run(command, check=True)
+def test_an_installed_course_has_two_names_at_the_top_and_no_class_twice(site):
+    names = {path.name for path in site.iterdir() if not path.name.startswith(".")}
+    assert {name for name in names if not name.endswith(".dist-info")} - {"__pycache__"} == {"gpnns", "gpnns_utils.py"}
+    environment = os.environ | {"PYTHONPATH": str(site)}
+    command = [sys.executable, "-c", test_house.SAME]
+    result = subprocess.run(command, cwd=site.parent, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count(str(site)) == 2
+
+
+@pytest.mark.slow
+def test_the_code_runs_in_an_empty_folder_once_the_package_is_installed(site, folder, tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    code = (
-        code_of_the_readme(folder)
-        + "\nfrom gpnns import published_tables\nprint(gu.HERE, gu.work_folder(), len(published_tables.load_published('mcip_table1')))"
-    )
+    code = code_of_the_readme(folder) + "\nfrom gpnns import published_tables"
+    code += "\nprint(gu.HERE, gu.work_folder(), len(published_tables.load_published('mcip_table1')))"
     environment = os.environ | {"PYTHONPATH": str(site), "GPNNS_CACHE": str(tmp_path / "cache")}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert f"{site} {tmp_path / 'elsewhere'} 9" in result.stdout
     assert Path("runs/mine/tuned.safetensors").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.notebook
+def test_an_installed_course_runs_its_notebooks_in_an_empty_folder(site, tmp_path, monkeypatch):
+    """With the profiles and the drawings that came with it, and without this checkout."""
+    monkeypatch.setenv("PYTHONPATH", str(site))
+    for name in ("01_search_images", "02_benchmark_encoders"):
+        shutil.copy(gu.COURSE / f"{name}.ipynb", tmp_path)
+        execute(tmp_path / f"{name}.ipynb", tmp_path / f"{name}_out.ipynb", {}, cwd=tmp_path)
+        assert (tmp_path / "runs" / "mini" / f"{name}.json").exists()
 
 
 @pytest.mark.parametrize("path", sorted((gu.HERE / "notebooks").glob("0*.ipynb")), ids=lambda path: path.stem)

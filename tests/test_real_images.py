@@ -25,7 +25,7 @@ pytestmark = [
 def test_a_real_network_gets_the_scores_measured_elsewhere(tmp_path, encoder, name, images, first, mean):
     photos = gu.load_images(write_table(name, tmp_path))
     assert len(photos) == images
-    embeddings = gu.embed_images(gu.load_encoder(encoder), photos)
+    embeddings = gu.embed_images(gu.load_encoder(encoder), photos)[0]
     own = np.arange(images)[:, None]
     ranks = gu.rank_relevant(embeddings, embeddings, gu.same_label(photos.labels, photos.labels), leave_out=own)
     assert gu.recall_at_k(ranks, 1).mean == pytest.approx(first, abs=0.008)
@@ -35,7 +35,7 @@ def test_a_real_network_gets_the_scores_measured_elsewhere(tmp_path, encoder, na
 def test_search_across_drawing_styles_is_easier_than_within_all(tmp_path):
     """With the three other vendors as gallery, the query's own style can no longer win: R@1 0.545, mAP 0.405."""
     photos = gu.load_images(write_table("emoji", tmp_path))
-    embeddings = gu.embed_images(gu.load_encoder(MOBILENET), photos)
+    embeddings = gu.embed_images(gu.load_encoder(MOBILENET), photos)[0]
     same_style = [np.flatnonzero(photos.groups == group) for group in photos.groups]
     ranks = gu.rank_relevant(embeddings, embeddings, gu.same_label(photos.labels, photos.labels), leave_out=same_style)
     assert gu.recall_at_k(ranks, 1).mean == pytest.approx(0.545, abs=0.008)
@@ -48,7 +48,7 @@ def test_both_notebooks_run_on_real_images(name, known, tmp_path, results):
     run_here("01", {"profile": results[0], "images": table, "encoder": MOBILENET})
     run_here("02", {"profile": results[0], "images": table, "encoders": f'["mini", "{MOBILENET}"]'})
     wanted = {
-        "model": "timm:mobilenetv2_035@mobilenetv2_035",
+        "model": "timm:tf_mobilenetv2_035@mobilenetv2_035",
         "task": "image_to_image",
         "split": "test",
         "group": "all",

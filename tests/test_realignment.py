@@ -284,7 +284,7 @@ WORDS = [f"a {color} {thing}" for color in ("red", "blue", "white", "green") for
 @pytest.mark.parametrize("top", [2, 20])
 def test_the_search_by_portions_is_the_search_over_all_captions(world, cache, portion, top):
     encoder = gu.load_encoder("mini")
-    images = gu.embed_images(encoder, world.subset(np.arange(40)))
+    images = gu.embed_images(encoder, world.subset(np.arange(40)))[0]
     scores, rows = caption_banks.find_captions(encoder, images, WORDS, top, portion)
     exact = images @ gu.embed_texts(encoder, WORDS).T
     k = min(top, len(WORDS))
@@ -296,7 +296,7 @@ def test_the_search_by_portions_is_the_search_over_all_captions(world, cache, po
 
 def test_a_stopped_search_embeds_no_portion_twice(world, cache, monkeypatch):
     encoder = gu.load_encoder("mini")
-    images = gu.embed_images(encoder, world.subset(np.arange(20)))
+    images = gu.embed_images(encoder, world.subset(np.arange(20)))[0]
     run, seen = gu.run_tower, []
 
     def stopping(encoder, tower, batch):
@@ -316,7 +316,7 @@ def test_a_stopped_search_embeds_no_portion_twice(world, cache, monkeypatch):
 
 def test_wordless_and_cut_captions_are_counted_and_the_wordless_are_not_found(world, cache, capsys):
     encoder = gu.load_encoder("mini")
-    images = gu.embed_images(encoder, world.subset(np.arange(4)))
+    images = gu.embed_images(encoder, world.subset(np.arange(4)))[0]
     scores, rows = caption_banks.find_captions(encoder, images, ["\ufeff", "a red vase", "a vase " * 40], 5, 2)
     assert "3 captions searched with mini; 1 have no words for it, 1 lose their end" in capsys.readouterr().out
     assert [sorted(row) for row in rows.tolist()] == [[-1, -1, -1, 1, 2]] * 4
@@ -392,34 +392,34 @@ def test_the_encoder_to_realign_is_what_notebook_03_left_or_the_shipped_copy_or_
     monkeypatch.setattr(gu, "work_folder", lambda: tmp_path)
     run = gu.setup("mine")
     photos, chosen_on, _ = splitting.load_splits("mini").open_sets()
-    shipped, source = training.load_or_train_03(run, "mini", photos, chosen_on)
-    assert "comes with the course" in source and shipped.text_tower is not None
+    shipped, source = training.load_or_train_03(run, "mini", photos, chosen_on, {})
+    assert "comes with the course" in source and shipped.has_text
     stored = load_file(gu.DATA / "mini_tuned" / "arcmargin.safetensors")
     assert torch.equal(shipped.model.state_dict()["visual.proj"].cpu(), stored["visual.proj"].float())
     checkpoints.save_checkpoint(gu.load_encoder("mini"), run.folder / "03_arcmargin", tuned_from="mini")
-    found, source = training.load_or_train_03(run, "mini", photos, chosen_on)
+    found, source = training.load_or_train_03(run, "mini", photos, chosen_on, {})
     assert source == "what notebook 03 left in runs/mine"
     assert found.fingerprint() == gu.load_encoder("mini").fingerprint()
-    assert "comes with the course" not in training.load_or_train_03(run, "mini", photos, chosen_on)[1]
+    assert "comes with the course" not in training.load_or_train_03(run, "mini", photos, chosen_on, {})[1]
     checkpoints.save_checkpoint(
         gu.load_encoder("mini"), run.folder / "03_arcmargin", tuned_from="mini@another.safetensors"
     )
-    assert "comes with the course" in training.load_or_train_03(run, "mini", photos, chosen_on)[1], "of another start"
+    assert "comes with the course" in training.load_or_train_03(run, "mini", photos, chosen_on, {})[1], (
+        "of another start"
+    )
     checkpoints.save_checkpoint(
         heads.add_head(gu.load_encoder("mini"), 16), run.folder / "03_arcmargin", tuned_from="mini"
     )
-    assert "comes with the course" in training.load_or_train_03(run, "mini", photos, chosen_on)[1], (
+    assert "comes with the course" in training.load_or_train_03(run, "mini", photos, chosen_on, {})[1], (
         "a head has no words"
     )
     photos, chosen_on, _ = splitting.load_splits(shapes).open_sets()
     settings = {"epochs": 0.5, "batch_size": 8, "rate": 1e-4}
-    trained, source = training.load_or_train_03(run, "mini", photos, chosen_on, **settings)
+    trained, source = training.load_or_train_03(run, "mini", photos, chosen_on, settings)
     assert (
         source == "a fine-tuning on images alone, done now" and len(list((run.folder / "03_training").iterdir())) == 1
     )
-    assert (
-        training.load_or_train_03(run, "mini", photos, chosen_on, **settings)[0].fingerprint() == trained.fingerprint()
-    )
+    assert training.load_or_train_03(run, "mini", photos, chosen_on, settings)[0].fingerprint() == trained.fingerprint()
 
 
 def test_realigning_changes_the_end_of_the_text_tower_and_needs_one(shapes, tmp_path, capsys):
@@ -484,10 +484,10 @@ def test_both_ways_end_in_a_whole_model_that_open_clip_loads_strictly(name, conf
     images = gu.load_images(folder)
     texts = ["a red square", "something blue", "green"]
     rows = np.array([[2, 1, -1]] * 4 + [[0, -1, -1]] * 4 + [[-1, -1, -1]] * 4)
-    data = training_data.CaptionedImages(images, training_data.make_training_transform(encoder), rows, texts)
-    captions = gu.embed_texts(encoder, texts)
+    captions = training.Captions(rows, texts, gu.embed_texts(encoder, texts))
+    data = training_data.TrainingImages(images, training_data.make_training_transform(encoder), captions)
     torch.manual_seed(0)
-    objective = training.CaptionObjective(encoder, losses.ArcMargin(16, 3), captions, 0.25, 30.0)
+    objective = training.ImageObjective(encoder, losses.ArcMargin(16, 3), captions)
     training_loop.fit(
         objective, data, tmp_path / "mcip", training.select_image_parameters(encoder, 1e-3), epochs=2, batch_size=6
     )
@@ -495,7 +495,7 @@ def test_both_ways_end_in_a_whole_model_that_open_clip_loads_strictly(name, conf
     changed = {key for key in before if not torch.equal(before[key], between[key])}
     assert changed and all(key.startswith("visual.") for key in changed), "the text tower is frozen"
 
-    features = gu.embed_images(encoder, images)
+    features = gu.embed_images(encoder, images)[0]
     pairs = training_data.CaptionPairs(features, [texts] * len(images), encoder.tokenizer)
     groups = training.select_text_parameters(encoder.model, 1e-2)
     training_loop.fit(
@@ -515,7 +515,7 @@ def test_both_ways_end_in_a_whole_model_that_open_clip_loads_strictly(name, conf
         assert torch.equal(value, after[key]), key
     assert torch.allclose(plain.eval().encode_text(probe), encoder.model.eval().encode_text(probe), atol=1e-5)
     again = gu.load_encoder(f"open_clip:{name}@{path}")
-    assert np.allclose(gu.embed_images(again, images, cache=False), gu.embed_images(encoder, images), atol=1e-5)
+    assert np.allclose(gu.embed_images(again, images, cache=False)[0], gu.embed_images(encoder, images)[0], atol=1e-5)
 
 
 def test_what_a_caption_training_learns_from_is_part_of_its_name(folder, tmp_path, cache):
@@ -524,9 +524,9 @@ def test_what_a_caption_training_learns_from_is_part_of_its_name(folder, tmp_pat
     def train(texts, rows):
         torch.manual_seed(0)
         encoder = gu.load_encoder("random")
-        data = training_data.CaptionedImages(images, training_data.make_training_transform(encoder), rows, texts)
-        captions = gu.embed_texts(encoder, texts)
-        objective = training.CaptionObjective(encoder, losses.ArcMargin(encoder.dim, 3), captions, 0.25, 30.0)
+        captions = training.Captions(rows, texts, gu.embed_texts(encoder, texts))
+        data = training_data.TrainingImages(images, training_data.make_training_transform(encoder), captions)
+        objective = training.ImageObjective(encoder, losses.ArcMargin(encoder.dim, 3), captions)
         training_loop.fit(
             objective, data, tmp_path / "runs", training.select_image_parameters(encoder, 1e-4), batch_size=6
         )

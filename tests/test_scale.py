@@ -135,7 +135,7 @@ def told_in_notebook_09(words: str) -> str:
 def test_every_image_has_the_vector_and_the_bias_that_the_module_gives_it(embedded, world, encoder, references):
     ids, vectors, bias = all_rows(embedded)
     assert list(ids[:2]) == ["a.tar/000.png", "a.tar/001.png"] and ids[-1] == "deep/d.tar/059.png"
-    np.testing.assert_allclose(vectors, gu.embed_images(encoder, world), atol=1e-5)
+    np.testing.assert_allclose(vectors, gu.embed_images(encoder, world)[0], atol=1e-5)
     np.testing.assert_allclose(bias, gu.hub_bias(vectors, references, len(references)), atol=1e-6)
 
 
@@ -217,7 +217,9 @@ def test_the_table_answers_as_the_module_after_every_change(output, encoder, ref
     ids, vectors, bias = all_rows(output)
     check_same(table, ids, vectors, bias, encoder)
 
-    new = gu.embed_images(encoder, gu.load_images("mini", "validation").subset(range(24)))  # a tenth more, put in twice
+    new = gu.embed_images(encoder, gu.load_images("mini", "validation").subset(range(24)))[
+        0
+    ]  # a tenth more, put in twice
     new_ids, new_bias = [f"new/{i}" for i in range(24)], gu.hub_bias(new, references, len(references))
     for _ in range(2):
         scale.put_rows(table, scale.make_table_rows(new_ids, new, new_bias))
@@ -285,7 +287,7 @@ def test_a_question_mark_in_an_address_and_references_that_are_nowhere_are_refus
 
 def test_an_index_of_3_bits_finds_98_of_100_in_the_mini_world(tmp_path, encoder):
     images = gu.load_images("mini", "test")
-    vectors = gu.embed_images(encoder, images)
+    vectors = gu.embed_images(encoder, images)[0]
     bias = gu.hub_bias(vectors, gu.embed_texts(encoder, [told[-1] for told in images.captions[::10]]), 16)
     ids = [str(row) for row in range(len(vectors))]
     storage.write_rows(tmp_path / "embeddings/all.parquet", ids, vectors, bias, {})

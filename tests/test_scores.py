@@ -181,8 +181,12 @@ def test_what_is_no_row_of_the_gallery_is_refused(relevant, message):
     x = unit(np.random.default_rng(0), 5, 3)
     with pytest.raises(ValueError, match=message):
         gu.rank_relevant(x[:1], x, [relevant])
+    five = gu.ImageSet("five", np.zeros((5, 4, 4, 3), np.uint8))
+    if "seem to be a mask" in message:
+        assert len(five.subset(relevant)) == 5, "here rows may repeat"
+        return
     with pytest.raises(ValueError, match=message.partition("the relevant rows of query 0 ")[2] or message):
-        gu.ImageSet("five", np.zeros((5, 4, 4, 3), np.uint8)).subset(relevant)
+        five.subset(relevant)
 
 
 def test_what_is_no_row_is_refused_wherever_rows_are_given():

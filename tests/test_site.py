@@ -60,11 +60,14 @@ def test_no_link_is_broken_and_every_page_is_reached_from_the_index_and_back(pag
 def test_a_link_to_what_has_no_page_leads_to_the_repository():
     pages = load_module(gu.COURSE / "gpnns" / "tools" / "pages.py")
     folder = gu.HERE / "notebooks"
-    assert pages.site_link("02_benchmark_encoders.ipynb", folder) == "02_benchmark_encoders.html"
-    assert pages.site_link("notebooks/02_benchmark_encoders.ipynb", gu.HERE) == "02_benchmark_encoders.html"
+    assert pages.resolve_link("02_benchmark_encoders.ipynb", folder) == "02_benchmark_encoders.html"
+    assert pages.resolve_link("notebooks/02_benchmark_encoders.ipynb", gu.HERE) == "02_benchmark_encoders.html"
     solution = "solutions/01_search_images.ipynb"
-    assert pages.site_link(solution, folder) == f"https://github.com/gpnns/gpnns/blob/main/notebooks/{solution}"
-    assert pages.site_link("https://arxiv.org", folder) == "https://arxiv.org" and pages.site_link("#a", folder) == "#a"
+    assert pages.resolve_link(solution, folder) == f"https://github.com/gpnns/gpnns/blob/main/notebooks/{solution}"
+    assert (
+        pages.resolve_link("https://arxiv.org", folder) == "https://arxiv.org"
+        and pages.resolve_link("#a", folder) == "#a"
+    )
 
 
 @pytest.mark.parametrize("path", PATHS, ids=[path.stem for path in PATHS])

@@ -58,7 +58,7 @@ def train_small(
     bfloat16: bool = False,
     sampled: int | None = None,
     dropout: float = 0.0,
-    ema: float | None = None,
+    ema: float = 0.0,
 ) -> None:
     """Train, write the weights and scores to `out`, and print what was done.
 

@@ -5,7 +5,7 @@ images -> those with a gallery of their own -> embeddings of each encoder -> vec
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,7 +37,7 @@ def load_known(source: str | Path, images: gu.ImageSet, seed: int = 0) -> gu.Ima
     Raises ValueError when a picture is on both sides.
     """
     queries, gallery, how = None, None, "other pictures of things in the gallery ask it"
-    if images.name.startswith("mini "):
+    if images.drawn:
         queries, gallery = gu.load_images("mini", "known"), gu.load_images("mini", "train")
         known = {queries.names[label] for label in np.unique(queries.labels)}
         gallery = gallery.subset([gallery.names[label] in known for label in gallery.labels])
@@ -52,7 +52,9 @@ def load_known(source: str | Path, images: gu.ImageSet, seed: int = 0) -> gu.Ima
         how = "half of each class asks the other"
         both = replace(images, left_out=list(images.left_out), groups=split_halves(images.labels, seed))
     else:
-        both = join_sets(splitting.check_apart(splitting.use_labels_of(gallery, queries), gallery), gallery)
+        queries = splitting.check_apart(splitting.use_labels_of(gallery, queries), gallery)
+        name = f"{queries.name} and {gallery.name.rpartition(' ')[2]}"
+        both = image_set.concat([queries, gallery], name, groups=["query", "gallery"])
     asks = int((both.groups == "query").sum())
     print(f"{asks:,} queries, {len(both) - asks:,} images in the gallery: {how}")
     return both
@@ -72,58 +74,51 @@ def split_halves(labels: np.ndarray, seed: int) -> np.ndarray:
     return side
 
 
-def join_sets(queries: gu.ImageSet, gallery: gu.ImageSet) -> gu.ImageSet:
-    """Two sets with the same class numbers as one, in which `groups` tell them apart."""
-    arrays = isinstance(queries.images, np.ndarray)
-    whole = [np.zeros((len(one), 4), np.int64) if one.crops is None else one.crops for one in (queries, gallery)]
-    return gu.ImageSet(
-        f"{queries.name} and {gallery.name.rpartition(' ')[2]}",
-        np.concatenate([queries.images, gallery.images]) if arrays else [*queries.images, *gallery.images],
-        labels=np.concatenate([queries.labels, gallery.labels]),
-        groups=np.repeat(["query", "gallery"], [len(queries), len(gallery)]),
-        names=gallery.names,
-        left_out=[*queries.left_out, *gallery.left_out],
-        crops=None if queries.crops is None and gallery.crops is None else np.concatenate(whole),
-    )
-
-
 def load_described(images: gu.ImageSet) -> gu.ImageSet:
     """Images whose captions ask: the drawn world's `captions`, of other things; of other sources the images themselves, where
     the name of its class asks for an image without a caption."""
-    return (
-        gu.load_images("mini", "captions")
-        if images.name.startswith("mini ")
-        else splitting.add_names_as_captions(images)
-    )
+    return gu.load_images("mini", "captions") if images.drawn else splitting.add_names_as_captions(images)
 
 
 # --- encoders --------------------------------------------------------------------------------------------------------
 
 
-def embed_each(encoders: Sequence[str], images: gu.ImageSet) -> dict[str, np.ndarray]:
-    """Embeddings of the images by each encoder, {short name: (n, d)}; they are loaded one after the other, so that the
-    largest decides how much memory is needed. An image that one of them cannot embed is left out for all.
-
-    Raises ValueError for two encoders of the same short name, such as two files called epoch_3.pt.
-    """
-    embedded, rows = {}, {}
+def load_each(encoders: Sequence[str]) -> Iterator[gu.Encoder]:
+    """The encoders one after the other, so that the largest decides how much memory is needed. ValueError for two of the same
+    short name, such as two files called epoch_3.pt."""
+    names = set()
     for spec in encoders:
         encoder = gu.load_encoder(spec)
-        if encoder.name in embedded:
+        if encoder.name in names:
             raise ValueError(f"two of {list(encoders)} are called {encoder.name}: rename a file, or measure them apart")
-        embedded[encoder.name] = gu.embed_images(encoder, images)
-        rows[encoder.name] = images.rows
-    return {name: vectors[np.isin(rows[name], images.rows)] for name, vectors in embedded.items()}
+        names.add(encoder.name)
+        yield encoder
+
+
+def embed_each(encoders: Sequence[str], images: gu.ImageSet) -> tuple[dict[str, np.ndarray], gu.ImageSet]:
+    """Embeddings by each encoder, {short name: (n, d)}, and the images that they belong to: those that all of them could
+    embed."""
+    return keep_common({encoder.name: gu.embed_images(encoder, images) for encoder in load_each(encoders)}, images)
+
+
+def keep_common(
+    embedded: dict[str, tuple[np.ndarray, gu.ImageSet]], images: gu.ImageSet
+) -> tuple[dict[str, np.ndarray], gu.ImageSet]:
+    """What `gu.embed_images` gave for the same images by several encoders, without what one of them could not embed."""
+    for _, own in embedded.values():
+        if len(own) < len(images):
+            images = own.subset(np.isin(own.rows, images.rows))
+    return {name: vectors[np.isin(own.rows, images.rows)] for name, (vectors, own) in embedded.items()}, images
 
 
 def select_text_encoders(encoders: Sequence[str]) -> list[str]:
     """Those of the encoders that have a text tower."""
-    return [spec for spec in encoders if gu.load_encoder(spec).text_tower]
+    return [spec for spec in encoders if gu.load_encoder(spec).has_text]
 
 
 def embed_texts_each(encoders: Sequence[str], texts: Sequence[str]) -> dict[str, np.ndarray]:
     """Embeddings of the texts by each encoder, {short name: (n, d)}. ValueError for one without a text tower."""
-    return {encoder.name: gu.embed_texts(encoder, texts) for encoder in map(gu.load_encoder, encoders)}
+    return {encoder.name: gu.embed_texts(encoder, texts) for encoder in load_each(encoders)}
 
 
 # --- what other programs computed ------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ got where there are none, and says in a line what they would add.
 from __future__ import annotations
 
 import base64
+import copy
 import html
 import io
 import json
@@ -22,11 +23,11 @@ import numpy as np
 import torch
 
 import gpnns_utils as gu
-from gpnns import evaluation, soups, training
-from gpnns.encoders import checkpoints, heads, loading
+from gpnns import soups, training
+from gpnns.encoders import checkpoints, heads
+from gpnns.evaluation import IMAGES, TEXTS, evaluate
 from gpnns.images import datasets, image_set, splitting, text_files
 
-IMAGES, TEXTS = "image to image", "text to image"
 UNITS = {IMAGES: "image to image, mAP", TEXTS: "text to image, R@5"}  # what is measured, and how
 
 # --- parts -----------------------------------------------------------------------------------------------------------
@@ -89,7 +90,7 @@ def make_parts_of_splits(splits: splitting.Splits, source: str) -> Parts:
         return Parts(splits.question, splits.train, splits.validation, splits.test, told, splits.test[1], source)
     sets = {id(one): one for one in (splits.train, *splits.validation, *splits.test)}
     return make_parts(
-        splits.question, splits.train, splits.validation, splits.test, merge_sets(list(sets.values())), source
+        splits.question, splits.train, splits.validation, splits.test, image_set.concat(list(sets.values())), source
     )
 
 
@@ -110,27 +111,6 @@ def make_parts(
     )
 
 
-def merge_sets(sets: Sequence[gu.ImageSet]) -> gu.ImageSet:
-    """Several sets as one, with the classes numbered anew by their names."""
-    arrays = isinstance(sets[0].images, np.ndarray)
-    known = all(one.labels is not None for one in sets)
-    called = [one.names[label] for one in sets for label in one.labels] if known else []
-    names, labels = np.unique(called, return_inverse=True) if known else (np.array([]), None)
-    told = any(one.captions for one in sets)
-    cropped = any(one.crops is not None for one in sets)
-    return gu.ImageSet(
-        " and ".join(dict.fromkeys(one.name for one in sets)),
-        np.concatenate([one.images for one in sets]) if arrays else [path for one in sets for path in one.images],
-        labels=labels,
-        names=names.tolist(),
-        captions=[texts for one in sets for texts in one.captions or [[]] * len(one)] if told else None,
-        left_out=list(dict.fromkeys(file for one in sets for file in one.left_out)),
-        crops=np.concatenate([np.zeros((len(one), 4), int) if one.crops is None else one.crops for one in sets])
-        if cropped
-        else None,
-    )
-
-
 # --- copies ----------------------------------------------------------------------------------------------------------
 
 
@@ -138,9 +118,9 @@ def find_copies(parts: Parts) -> tuple[gu.ImageSet, np.ndarray, np.ndarray, np.n
     """For every image its nearest other one as thumbnails of 16 x 16 colours (`pixels`), which know nothing of things and so
     take for alike what is nearly the same picture: (the images, the part of each, cosine (n,), row of the other (n,))."""
     sets = {"train": parts.train, "validation": parts.validation[0], "test": parts.test[0]}
-    images = merge_sets(list(sets.values()))
+    images = image_set.concat(list(sets.values()))
     part = np.repeat(list(sets), [len(one) for one in sets.values()])
-    vectors = gu.embed_images(gu.load_encoder("pixels"), images)
+    vectors, images = gu.embed_images(gu.load_encoder("pixels"), images)
     part = part[images.rows]  # files that cannot be read are gone
     scores, rows = gu.search(vectors, vectors, 1, own=np.arange(len(vectors)))
     return images, part, scores[:, 0], rows[:, 0]
@@ -150,7 +130,7 @@ def remove_copies(parts: Parts, threshold: float) -> Parts:
     """The parts without training images that have a near copy (`find_copies`) among the images to choose or to measure on.
     Says how many; a class that loses all of its images is gone from the training."""
     images, part, _, _ = find_copies(parts)
-    vectors = gu.embed_images(gu.load_encoder("pixels"), images)
+    vectors, _ = gu.embed_images(gu.load_encoder("pixels"), images)
     learned = np.flatnonzero(part == "train")
     nearest = gu.search(vectors[learned], vectors[part != "train"], 1)[0][:, 0]
     gone = images.rows[learned[nearest > threshold]]
@@ -191,42 +171,19 @@ def embed_references(encoder: gu.Encoder, parts: Parts, most: int = 2400) -> np.
 def measure_search(search: Search, parts: Parts, part: str = "validation") -> dict[str, gu.Score]:
     """What a search scores on "validation" or "test", one value per query: mAP of image to image where labels say what is
     right, R@5 of text to image where there are captions. An encoder without a text tower finds nothing by text: 0."""
-    scores, encoder = {}, search.encoder
-    if parts.question:
-        scores[IMAGES] = evaluation.image_to_image(encoder, *getattr(parts, part), cache=True)
-    told = parts.told[part]
-    if image_set.text_queries(told)[0]:
-        images = gu.embed_images(encoder, told)
-        texts, relevant = image_set.text_queries(told)
-        if encoder.text_tower is None:
-            return scores | {TEXTS: gu.Score(np.zeros(len(texts)))}
-        bias = gu.hub_bias(images, embed_references(encoder, parts), search.k, search.alpha) if search.alpha else None
-        ranks = gu.rank_relevant(gu.embed_texts(encoder, texts), images, relevant, bias=bias)
-        scores[TEXTS] = gu.recall_at_k(ranks, 5)
-    return scores
+    encoder, told = search.encoder, parts.told[part]
+    queries, gallery = getattr(parts, part) if parts.question else (None, None)
+    texts, find_bias = image_set.text_queries(told)[0], None
+    if search.alpha:
+        references = embed_references(encoder, parts)
+        find_bias = lambda images: gu.hub_bias(images, references, search.k, search.alpha)  # noqa: E731
+    scores = evaluate(encoder, queries, gallery, told, recall_at=5, find_bias=find_bias)
+    return scores | ({TEXTS: gu.Score(np.zeros(len(texts)))} if texts and not encoder.has_text else {})
 
 
 def get_clusters(parts: Parts, part: str) -> dict[str, np.ndarray | None]:
     """What succeeds and fails together in an interval: the class of each image query; texts one by one."""
     return {IMAGES: getattr(parts, part)[0].labels, TEXTS: None}
-
-
-def is_right(queries: gu.ImageSet, asked: np.ndarray, gallery: gu.ImageSet, rows: np.ndarray) -> np.ndarray:
-    """Whether the rows (q, k) of a gallery show the same thing as the queries `asked` (q,): 1 or 0, NaN without labels."""
-    if queries.labels is None or gallery.labels is None:
-        return np.full(rows.shape, np.nan)
-    return (gallery.labels[rows] == queries.labels[asked][:, None]).astype(float)
-
-
-def copy_encoder(encoder: gu.Encoder) -> gu.Encoder:
-    """The same encoder with weights of its own, to be changed."""
-    other, origin = gu.load_encoder(encoder.origin["encoder"], encoder.device), encoder.origin
-    if origin.get("squash"):
-        other = loading.squash_images(other)
-    if origin.get("head") or origin.get("before_projection"):
-        other = heads.add_head(other, origin.get("head"), bool(origin.get("before_projection")))
-    checkpoints.fill_weights(other.model, encoder.model.state_dict(), encoder.name)
-    return other
 
 
 # --- steps -----------------------------------------------------------------------------------------------------------
@@ -245,7 +202,7 @@ def explain_missing(search: Search, parts: Parts, *needs: str) -> str:
             ),
             "no captions: with a column `caption` or a captions.json, search by text could be improved and measured",
         ),
-        "text tower": (search.encoder.text_tower is not None, f"{search.encoder.name} has no text tower"),
+        "text tower": (search.encoder.has_text, f"{search.encoder.name} has no text tower"),
         "weights": (search.encoder.model is not None, f"{search.encoder.name} has no weights to train"),
     }
     return next((f"{why}; nothing is changed" for need in needs for there, why in [reasons[need]] if not there), "")
@@ -256,21 +213,21 @@ def map_search(search: Search, parts: Parts, learn: Callable[[np.ndarray, np.nda
     if why := explain_missing(search, parts, "labels", "weights"):
         print(why)
         return search
-    vectors = gu.embed_images(search.encoder, parts.train)
-    return replace(search, encoder=add_map(search.encoder, learn(vectors, parts.train.labels)))
+    vectors, train = gu.embed_images(search.encoder, parts.train)
+    return replace(search, encoder=add_map(search.encoder, learn(vectors, train.labels)))
 
 
 def add_map(encoder: gu.Encoder, matrix: np.ndarray) -> gu.Encoder:
     """A copy whose embeddings are `matrix` (d, d) times the ones before. Of an open_clip model both projections take it in, so
     that it stays one of its architecture and images still lie where texts do; other models get it as a head, as `add_head`."""
-    other, by = copy_encoder(encoder), torch.as_tensor(matrix, dtype=torch.float32, device=encoder.device)
-    places = [find_projection(other.model, side) for side in ("image", "text")] if encoder.text_tower else [[]]
+    other, by = copy.deepcopy(encoder), torch.as_tensor(matrix, dtype=torch.float32, device=encoder.device)
+    places = [find_projection(other.model, side) for side in ("image", "text")] if encoder.has_text else [[]]
     if all(places):
         with torch.no_grad():
             for value, transposed in [*places[0], *places[1]]:
                 value.copy_(by @ value if transposed else value @ by.T)
         return other
-    if encoder.text_tower:
+    if encoder.has_text:
         print(f"{encoder.name} has no projections of known names: the map becomes a head, and texts cannot be asked")
     if encoder.origin.get("head"):
         raise ValueError(f"{encoder.name} already has a head; start from an encoder without one")
@@ -298,14 +255,14 @@ def find_projection(model: torch.nn.Module, side: str) -> list[tuple[torch.Tenso
 
 
 def tune_search(search: Search, parts: Parts, folder: Path, **settings) -> Search:
-    """The search with its image tower fine-tuned on the training images (`training.fine_tune`, whose settings these are)."""
+    """The search with its image tower fine-tuned on the training images; settings: of `training.fine_tune_by_recipe`."""
     if why := explain_missing(search, parts, "labels", "weights"):
         print(why)
         return search
     choose_on = parts.validation[0] if parts.question == "open" else parts.validation
-    vectors = gu.embed_images(search.encoder, parts.train)
-    encoder, _ = training.fine_tune(
-        copy_encoder(search.encoder), parts.train, choose_on, folder, embeddings=vectors, **settings
+    vectors, train = gu.embed_images(search.encoder, parts.train)
+    encoder, _ = training.fine_tune_by_recipe(
+        copy.deepcopy(search.encoder), train, choose_on, folder, settings, embeddings=vectors
     )
     return replace(search, encoder=encoder)
 
@@ -315,7 +272,7 @@ def average_searches(one: Search, other: Search) -> Search:
     if one.encoder.model is None or one is other or one.encoder is other.encoder:
         print("there are no two trainings to average; nothing is changed")
         return one
-    encoder = copy_encoder(one.encoder)
+    encoder = copy.deepcopy(one.encoder)
     state = soups.average([one.encoder.model.state_dict(), other.encoder.model.state_dict()])
     checkpoints.fill_weights(encoder.model, state, "the average of two trainings")
     return replace(one, encoder=encoder)
@@ -328,7 +285,7 @@ def realign_search(search: Search, parts: Parts, folder: Path, **settings) -> Se
         return search
     train = parts.told["train"]
     pairs = train.subset([bool(texts) for texts in train.captions])
-    encoder, _ = training.realign(copy_encoder(search.encoder), pairs, parts.told["validation"], folder, **settings)
+    encoder, _ = training.realign(copy.deepcopy(search.encoder), pairs, parts.told["validation"], folder, **settings)
     return replace(search, encoder=encoder)
 
 
@@ -355,8 +312,8 @@ def take_home(search: Search, parts: Parts, folder: Path, card: dict) -> Path:
     README.md: the card to read. An open_clip model lies there as open_clip and the Hugging Face hub expect it
     (open_clip_config.json, open_clip_model.safetensors), any other as model.safetensors.
     """
-    images, encoder = parts.everything, search.encoder
-    vectors = gu.embed_images(encoder, images)
+    encoder = search.encoder
+    vectors, images = gu.embed_images(encoder, parts.everything)
     bias = gu.hub_bias(vectors, embed_references(encoder, parts), search.k, search.alpha) if search.alpha else None
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -384,7 +341,7 @@ def save_model(encoder: gu.Encoder, folder: Path) -> str:
     name = encoder.origin.get("encoder", encoder.name)
     if encoder.model is None:
         return name
-    if encoder.text_tower is None or encoder.origin.get("squash"):  # what an open_clip folder has no words for
+    if not encoder.has_text or encoder.origin.get("squash"):  # what an open_clip folder has no words for
         checkpoints.save_checkpoint(encoder, folder / "model.safetensors")
         return f"{name}@{{}}/model.safetensors"
     from open_clip.push_to_hf_hub import save_config_for_hf
@@ -459,7 +416,7 @@ def write_program(folder: Path, parts: Parts) -> str:
         f"home = building.open_folder({os.path.relpath(folder, gu.work_folder())!r})",
     ]
     texts = image_set.text_queries(parts.everything)[0] or parts.everything.names or ["a photo"]
-    if open_folder(folder)["encoder"].text_tower:
+    if open_folder(folder)["encoder"].has_text:
         lines.append(f"print(building.find(home, [{min(texts, key=len)!r}], 3))")
     lines.append(f"photo = gu.load_images({parts.source!r}).subset([0])")
     return "\n".join([*lines, "print(building.find(home, photo, 3))"])
@@ -485,7 +442,7 @@ def find(home: dict, queries: Sequence[str] | gu.ImageSet, k: int = 10) -> list[
 def find_rows(home: dict, queries: Sequence[str] | gu.ImageSet, k: int = 10) -> tuple[np.ndarray, np.ndarray]:
     """As `find`: (scores, rows of the index). The bias is for texts, so the last number of an image is 0 instead of -1."""
     by_image = isinstance(queries, gu.ImageSet)
-    vectors = gu.embed_images(home["encoder"], queries) if by_image else gu.embed_texts(home["encoder"], queries)
+    vectors = gu.embed_images(home["encoder"], queries)[0] if by_image else gu.embed_texts(home["encoder"], queries)
     return home["index"].search(np.pad(vectors, ((0, 0), (0, 1)), constant_values=0 if by_image else -1), k)
 
 
@@ -497,7 +454,7 @@ def add(folder: str | Path, images: gu.ImageSet) -> int:
     new = images.subset([images.describe(row) not in known for row in range(len(images))])
     if len(new) == 0:
         return 0
-    vectors = gu.embed_images(home["encoder"], new)
+    vectors, new = gu.embed_images(home["encoder"], new)
     alpha = home["alpha"]
     bias = gu.hub_bias(vectors, np.load(folder / "references.npy"), home["k"], alpha) if alpha else None
     home["index"].add(gu.with_bias(vectors, bias))

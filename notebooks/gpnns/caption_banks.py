@@ -37,9 +37,8 @@ def load_captions(source: str | Path, splits: splitting.Splits) -> list[str]:
         texts = read_captions(list_text_files(source, gu.cache_folder() / "captions"))
     captions = list(dict.fromkeys(filter(None, texts)))
     if not captions:
-        raise ValueError(
-            f"{source} holds no captions: put one on each line, in .txt members of the tars, or in a column 'caption'"
-        )
+        places = "put one on each line, in .txt members of the tars, or in a column 'caption'"
+        raise ValueError(f"{source} holds no captions: {places}")
     return captions
 
 
@@ -49,13 +48,13 @@ QUESTIONS = ("a yellow flower", "a brick building with three towers", "a face wi
 def choose_questions(encoder: gu.Encoder, images: gu.ImageSet, embeddings: np.ndarray) -> tuple[list, np.ndarray]:
     """Four texts to ask a set of images, and their embeddings (4, d): captions of its own, or the names of its classes. For an
     encoder without a text tower four of the images ask, said in a line."""
-    if encoder.text_tower is None:
+    if not encoder.has_text:
         print(f"{encoder.name} has no text tower, so images ask here too; mini and open_clip: encoders take words")
         rows = np.linspace(0, len(images) - 1, 4).astype(int)
         return [images[row] for row in rows], embeddings[rows]
     told = [texts[0] for texts in images.captions or [] if texts]
     told = told or images.names or ["a person", "a building", "an animal", "a plant"]
-    texts = list(QUESTIONS) if images.name.startswith("mini ") else list(dict.fromkeys(told))
+    texts = list(QUESTIONS) if images.drawn else list(dict.fromkeys(told))
     texts = texts[:: max(1, len(texts) // 4)][:4]
     return texts, gu.embed_texts(encoder, texts)
 
@@ -63,7 +62,7 @@ def choose_questions(encoder: gu.Encoder, images: gu.ImageSet, embeddings: np.nd
 def load_names(images: gu.ImageSet, most: int = 2000) -> list[str]:
     """Short texts that name things like those in the images, about `most` at most, written without a look at any of them:
     the names of the classes, for the drawn world captions of its bank."""
-    if images.name.startswith("mini "):
+    if images.drawn:
         texts = sorted({text for listed in gu.load_images("mini", "bank").captions for text in listed})
     else:
         texts = sorted({images.names[label] for label in np.unique(images.labels)})
@@ -72,7 +71,7 @@ def load_names(images: gu.ImageSet, most: int = 2000) -> list[str]:
 
 def embed_names(encoder: gu.Encoder, names: Sequence[str], instead: np.ndarray) -> np.ndarray:
     """The embeddings of names, (n, d); `instead`, said in a line, for an encoder without a text tower."""
-    if encoder.text_tower is None:
+    if not encoder.has_text:
         print(f"{encoder.name} has no text tower: its directions are those of images here too")
         return instead
     return gu.embed_texts(encoder, names)
@@ -80,11 +79,9 @@ def embed_names(encoder: gu.Encoder, names: Sequence[str], instead: np.ndarray) 
 
 def check_same_world(source: str | Path, splits: splitting.Splits, name: str) -> None:
     """ValueError when captions of the drawn world are to say something about images of another."""
-    if str(source) == "mini" and not splits.train.name.startswith("mini "):
-        raise ValueError(
-            f"{splits.train.name} needs a bank and pair_images of its own: the drawn world's captions, {name} = 'mini', say "
-            "nothing about other images"
-        )
+    if str(source) == "mini" and not splits.train.drawn:
+        why = f"the drawn world's captions, {name} = 'mini', say nothing about other images"
+        raise ValueError(f"{splits.train.name} needs a bank and pair_images of its own: {why}")
 
 
 def list_text_files(source: str | Path, folder: Path) -> list[Path]:
@@ -92,10 +89,8 @@ def list_text_files(source: str | Path, folder: Path) -> list[Path]:
     source = Path(source).expanduser()
     paths = sorted(source.glob("*.tar")) if source.is_dir() else [source]
     if not paths or not paths[0].exists():
-        raise FileNotFoundError(
-            f"no captions at {source.absolute()}: give a .txt, .csv, .tsv or .tar file, a folder of .tar files, or a data "
-            "set's name"
-        )
+        known = "a .txt, .csv, .tsv or .tar file, a folder of .tar files, or a data set's name"
+        raise FileNotFoundError(f"no captions at {source.absolute()}: give {known}")
     files, progress = [], gu.Progress(len(paths), "reading captions", "files")
     for path in paths:
         files.append(convert_to_text(path, folder))
@@ -156,7 +151,7 @@ def find_captions(
     in memory; `embed_texts` keeps each of them, so a stopped search goes on. What is only padding to the tokenizer is not
     found. Where there are fewer captions than `top`, scores are -inf and rows -1. Prints what is cut or has no words.
     """
-    if encoder.text_tower is None:
+    if not encoder.has_text:
         raise ValueError(
             f"{encoder.name} has no text tower to find captions with; choose mini or an open_clip: encoder"
         )
@@ -172,9 +167,8 @@ def find_captions(
             best, found = np.hstack([best, scores]), np.hstack([found, first + worded[rows]])
             nearest = np.argsort(-best, axis=1, kind="stable")[:, :top]
             best, found = np.take_along_axis(best, nearest, 1), np.take_along_axis(found, nearest, 1)
-    print(
-        f"{len(captions):,} captions searched with {encoder.name}; {wordless:,} have no words for it, {cut:,} lose their end"
-    )
+    told = f"{wordless:,} have no words for it, {cut:,} lose their end"
+    print(f"{len(captions):,} captions searched with {encoder.name}; {told}")
     return best, found
 
 
@@ -201,9 +195,8 @@ def keep_near(
     """What `find_captions` found, above a threshold: rows (n, top) into the list of captions that remain, -1 for none."""
     near = scores > threshold
     if not near.any():
-        raise ValueError(
-            f"no caption lies above {threshold}; the nearest is at {scores.max():.2f}: lower the threshold"
-        )
+        nearest = f"the nearest is at {scores.max():.2f}"
+        raise ValueError(f"no caption lies above {threshold}; {nearest}: lower the threshold")
     used = np.unique(rows[near])
     return np.where(near, np.searchsorted(used, rows), -1), [captions[row] for row in used]
 
@@ -250,9 +243,7 @@ def exclude_images(images: gu.ImageSet, held_out: Sequence[gu.ImageSet]) -> gu.I
     captions = [[text for text in texts if text.strip()] for texts in images.captions or [[]] * len(images)]
     rows = [row for row, digest in enumerate(images.digests()) if captions[row] and digest not in shown]
     if not rows:
-        raise ValueError(
-            f"{images.name} has no captions for images outside test and validation: add a captions.json to the folder, or a "
-            "column 'caption'"
-        )
+        advice = "add a captions.json to the folder, or a column 'caption'"
+        raise ValueError(f"{images.name} has no captions for images outside test and validation: {advice}")
     images.captions = captions
     return images.subset(rows)

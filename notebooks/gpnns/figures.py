@@ -19,7 +19,7 @@ SHOWN = 4  # neighbours of each query
 
 def find_neighbours(encoder: gu.Encoder, photos: gu.ImageSet) -> tuple[np.ndarray, np.ndarray]:
     """The nearest other images of every image, rows (n, SHOWN), and which are of its class."""
-    embeddings = gu.embed_images(encoder, photos)
+    embeddings, _ = gu.embed_images(encoder, photos)
     rows = gu.search(embeddings, embeddings, SHOWN, own=np.arange(len(photos)))[1]
     return rows, photos.labels[rows] == photos.labels[:, None]
 
@@ -31,6 +31,8 @@ def show_before_and_after(
 
     Shown is the first query that gains most right neighbours, or with `lost` the first that loses most.
     """
+    for encoder in (before, after):
+        photos = gu.embed_images(encoder, photos)[1]  # without what one of them cannot embed
     (was, was_right), (now, is_right) = find_neighbours(before, photos), find_neighbours(after, photos)
     gain = (is_right.sum(1) - was_right.sum(1)) * (-1 if lost else 1)
     groups = image_set.group_masks(photos) or {"": np.full(len(photos), True)}

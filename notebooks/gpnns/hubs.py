@@ -15,6 +15,7 @@ from gpnns import benchmark
 from gpnns.images import image_set, splitting
 
 DIRECTIONS = ("text to image", "image to text")
+Sides = dict[str, dict[str, dict[str, tuple[np.ndarray, np.ndarray, list[np.ndarray]]]]]
 
 
 def load_caption_parts(
@@ -59,22 +60,28 @@ def cut_parts(images: gu.ImageSet, ends: Sequence[float], seed: int) -> list[gu.
     return [images.subset(np.isin(units, piece)) for piece in pieces]
 
 
-def embed_parts(encoders: Sequence[str], parts: dict[str, gu.ImageSet]) -> dict[str, dict[str, dict[str, tuple]]]:
-    """{encoder: {part: {direction: (queries, gallery, for each query the rows of the gallery to find)}}}.
+def embed_parts(encoders: Sequence[str], parts: dict[str, gu.ImageSet]) -> tuple[Sides, dict[str, gu.ImageSet]]:
+    """({encoder: {part: {direction: (queries, gallery, for each query the rows of the gallery to find)}}}, {part:
+    its images}).
 
     Each text of a part stands there once, with all images that carry it. Images that cannot be read are left out of their
     part, for all encoders. Raises ValueError for an encoder without a text tower, and for two of one name.
     """
-    blind = sorted(set(encoders) - set(benchmark.select_text_encoders(encoders)))
-    if blind:
-        raise ValueError(f"{', '.join(blind)} encodes images only; here texts ask, and are asked")
-    sides = {}
+    texts, images_of, embedded, told, sides = {}, {}, {part: {} for part in parts}, {part: {} for part in parts}, {}
+    for encoder in benchmark.load_each(encoders):
+        if not encoder.has_text:
+            raise ValueError(f"{encoder.name} encodes images only; here texts ask, and are asked")
+        for part, images in parts.items():
+            texts[part] = image_set.text_queries(images)[0]
+            told[part][encoder.name] = gu.embed_texts(encoder, texts[part])
+            embedded[part][encoder.name] = gu.embed_images(encoder, images)
     for part, images in parts.items():
-        embedded = benchmark.embed_each(encoders, images)
-        texts, carried_by = image_set.text_queries(images)
-        number = {text: row for row, text in enumerate(texts)}
-        carries = [np.array([number[t] for t in dict.fromkeys(own) if t in number], int) for own in images.captions]
-        for name, told in benchmark.embed_texts_each(encoders, texts).items():
-            both = (told, embedded[name], carried_by), (embedded[name], told, carries)
+        vectors, found = benchmark.keep_common(embedded[part], images)
+        images_of[part] = found
+        kept, carried_by = image_set.text_queries(found)
+        number, asked = {text: row for row, text in enumerate(kept)}, np.isin(texts[part], kept)
+        carries = [np.array([number[t] for t in dict.fromkeys(own) if t in number], int) for own in found.captions]
+        for name, queries in told[part].items():
+            both = (queries[asked], vectors[name], carried_by), (vectors[name], queries[asked], carries)
             sides.setdefault(name, {})[part] = dict(zip(DIRECTIONS, both, strict=True))
-    return sides
+    return sides, images_of

@@ -49,7 +49,7 @@ def make_queries(encoder: gu.Encoder, count: int = 200) -> dict[str, Array]:
     """Images and texts to ask with, `count` of each, and the texts that the bias refers to, which nobody asks."""
     test, captions, references = (gu.load_images("mini", split) for split in ("test", "captions", "references"))
     return {
-        "images": gu.embed_images(encoder, test)[:: len(test) // count],
+        "images": gu.embed_images(encoder, test)[0][:: len(test) // count],
         "texts": gu.embed_texts(encoder, [told[0] for told in captions.captions])[:: len(captions) // count],
         "references": gu.embed_texts(encoder, [told[0] for told in references.captions]),
     }
@@ -112,7 +112,7 @@ def measure_index(
 
 def main() -> None:
     encoder, train = gu.load_encoder("mini", "cpu"), gu.load_images("mini", "train")
-    asked, embeddings = make_queries(encoder), gu.embed_images(encoder, train)
+    asked, embeddings = make_queries(encoder), gu.embed_images(encoder, train)[0]
     lines = []
     for rows in SIZES:
         gallery = np.concatenate(list(draw_rows(embeddings, train.labels, rows)))

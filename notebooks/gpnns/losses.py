@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import accelerate
 import numpy as np
@@ -27,7 +27,8 @@ def arc_margin(cosines: torch.Tensor, margin: torch.Tensor) -> torch.Tensor:
 class ArcMargin(torch.nn.Module):
     """Softmax over the angles between an embedding and one proxy per class, made harder for the own class by a margin.
 
-    forward(embeddings (n, dim), labels int64 (n,)) -> the mean loss, computed in float32 whatever comes in. Source:
+    forward(embeddings (n, dim), labels int64 (n,)) -> the mean loss, computed in float32 whatever comes in. Labels count
+    from 0, as `TrainingImages` numbers them; they are not checked in each step, which would wait for the device. Source:
     ArcFace (1801.07698); GP-NNS trains with scale 30 and margin 0.1 radians, and proxies xavier_uniform.
 
     margin: one number, or one per class. centers: proxies per class, of which the nearest counts (sub-center ArcFace).
@@ -71,8 +72,6 @@ class ArcMargin(torch.nn.Module):
         self.register_buffer("draws", torch.zeros((), dtype=torch.int64))
 
     def forward(self, embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        if ((labels < 0) | (labels >= self.classes)).any():
-            raise ValueError(f"labels go from 0 to {self.classes - 1} here, not {labels.min()} to {labels.max()}")
         with torch.autocast(embeddings.device.type, enabled=False):  # half precision would round the margin away
             margin = self.margin[labels] if self.margin.ndim else self.margin
             proxies = self.proxies
@@ -107,6 +106,25 @@ def class_means(embeddings: np.ndarray, labels: np.ndarray) -> np.ndarray:
     sums = np.zeros((len(counts), embeddings.shape[1]), dtype=np.float64)
     np.add.at(sums, numbers, embeddings)
     return (sums / counts[:, None]).astype(np.float32)
+
+
+def make_arc_margin(
+    scale: float = 30.0, margin: float | Sequence[float] = 0.1, centers: int = 1, start: str = "means"
+) -> Callable[[np.ndarray, np.ndarray], ArcMargin]:
+    """What makes ArcMargin of the class means (classes, dim) and the images per class (classes,).
+
+    margin: in radians; two of them go to the most and the least frequent classes (`margins_by_count`). start: proxies at
+    the class means ("means") or at random ("xavier").
+    """
+    if start not in ("means", "xavier"):
+        raise ValueError(f"start is means or xavier, not {start!r}")
+
+    def make(means: np.ndarray, counts: np.ndarray) -> ArcMargin:
+        margins = margins_by_count(counts, *margin) if np.ndim(margin) else margin
+        first = means if start == "means" else None
+        return ArcMargin(means.shape[1], len(means), scale, margins, centers, start=first)
+
+    return make
 
 
 # --- other losses ----------------------------------------------------------------------------------------------------
@@ -178,6 +196,12 @@ def multi_caption_loss(
 
 
 SHARED = ("right", "wrong")  # what another image's copy of a caption is to an image that has it too
+
+
+def check_shared(shared: str) -> None:
+    """ValueError for another word, which would train as if it were "right"."""
+    if shared not in SHARED:
+        raise ValueError(f"shared_captions is one of {', '.join(SHARED)}, not {shared!r}")
 
 
 def batch_captions(rows: torch.Tensor, shared: str = "right") -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,7 +8,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,76 +19,29 @@ from gpnns import published_tables
 from gpnns.encoders import heads
 from gpnns.images import datasets, image_set, text_files
 
-Column = tuple[str, str, str, str, str]  # name, images that ask, gallery (empty: the same images), task, metric
-TOLERANCE = 0.5  # points: what rounding, half precision and versions of libraries may differ by
-
 # --- columns ---------------------------------------------------------------------------------------------------------
 
 
-def mini_columns() -> list[Column]:
-    """(name, images, gallery, task, metric) on the drawn world: as notebooks 03 and 04 measure, and shifted."""
-    return [
-        ("image to image mAP", "mini:test", "", "image_to_image", "mAP"),
-        ("image to image mAP, shifted", "mini:shifted", "", "image_to_image", "mAP"),
-        ("k-NN", "mini:test", "", "knn", "accuracy"),
-        ("k-NN, shifted", "mini:shifted", "mini:test", "knn", "accuracy"),
-        ("zero-shot", "mini:test", "", "zero_shot", "accuracy"),
-        ("zero-shot, shifted", "mini:shifted", "", "zero_shot", "accuracy"),
-        ("text to image R@5", "mini:captions", "", "text_to_image", "R@5"),
-    ]
+class Column(NamedTuple):
+    """A column of a benchmark table. images and gallery: sources for `gu.load_images`, gallery "" for the same images; task
+    and metric: a key of TASKS."""
+
+    name: str
+    images: str
+    gallery: str
+    task: str
+    metric: str
 
 
-def flowers_columns() -> list[Column]:
-    """Four columns on the 1,020 training images of Flowers102, for a laptop: half of each class votes on the other half."""
-    return [
-        ("image to image mAP", "flowers:train", "", "image_to_image", "mAP"),
-        ("image to image R@1", "flowers:train", "", "image_to_image", "R@1"),
-        ("k-NN", "flowers:train", "", "knn", "accuracy"),
-        ("zero-shot", "flowers:train", "", "zero_shot", "accuracy"),
-    ]
+TOLERANCE = 0.5  # points: what rounding, half precision and versions of libraries may differ by
 
 
-def gpnns_columns() -> list[Column]:
-    """The 15 columns of GP-NNS, Table 4, under the names of data/published/gpnns_table4.csv."""
-    included, base = "mAP (self included)", "imagenet:train"
-    return [
-        ("instre_map", "instre:test", "", "image_to_image", included),
-        ("gpr1200_map", "gpr1200:test", "", "image_to_image", included),
-        ("roxford_map", "roxford:query_full", "roxford:gallery", "revisited", "mAP (medium)"),
-        ("rparis_map", "rparis:query_full", "rparis:gallery", "revisited", "mAP (medium)"),
-        ("cub_r1", "cub:test", "", "image_to_image", "R@1"),
-        ("cars_r1", "cars:test", "", "image_to_image", "R@1"),
-        ("sop_r1", "sop:test", "", "image_to_image", "R@1"),
-        ("adience_map", "adience:test", "", "image_to_image", included),
-        ("flowers_knn", "flowers:test", "flowers:train", "knn", "accuracy"),
-        ("aircraft_knn", "aircraft:test", "aircraft:train", "knn", "accuracy"),
-        ("in_v_knn", "imagenet:test", base, "knn", "accuracy"),
-        ("in_v2_knn", "imagenet_v2:test", base, "knn", "accuracy"),
-        ("in_a_knn", "imagenet_a:test", base, "knn", "accuracy"),
-        ("in_r_knn", "imagenet_r:test", base, "knn", "accuracy"),
-        ("in_s_knn", "imagenet_sketch:test", base, "knn", "accuracy"),
-    ]
-
-
-def mcip_columns() -> list[Column]:
-    """The 14 columns of MCIP, Table 1, under the names of data/published/mcip_table1.csv."""
-    included, base, prompts = "mAP (self included)", "imagenet:train", "accuracy (80 templates)"
-    return [
-        ("gpr1200_map", "gpr1200:test", "", "image_to_image", included),
-        ("instre_map", "instre:test", "", "image_to_image", included),
-        ("cub_r1", "cub:test", "", "image_to_image", "R@1"),
-        ("roxford_map", "roxford:query_full", "roxford:gallery", "revisited", "mAP (medium)"),
-        ("in_v_knn", "imagenet:test", base, "knn", "accuracy"),
-        ("in_s_knn", "imagenet_sketch:test", base, "knn", "accuracy"),
-        ("in_a_knn", "imagenet_a:test", base, "knn", "accuracy"),
-        ("fgvca_knn", "aircraft:test", "aircraft:train", "knn", "accuracy"),
-        ("in_v_zs", "imagenet:test", "", "zero_shot", prompts),
-        ("in_s_zs", "imagenet_sketch:test", "", "zero_shot", prompts),
-        ("in_a_zs", "imagenet_a:test", "", "zero_shot", prompts),
-        ("objectnet_zs", "objectnet:test", "", "zero_shot", prompts),
-        ("flickr30k_t2i_r5", "flickr30k:test", "", "text_to_image", "R@5 (own image)"),
-        ("coco_t2i_r5", "coco:test", "", "text_to_image", "R@5 (own image)"),
-    ]
+def load_columns(table: str) -> list[Column]:
+    """The columns of a table, from data/columns.csv: "mini" (the drawn world, as notebooks 03 and 04 measure, and shifted),
+    "flowers" (four on Flowers102's training images, for a laptop), "gpnns" (GP-NNS, Table 4) and "mcip" (MCIP, Table 1), the
+    last two under the names of data/published/*.csv."""
+    lines = published_tables.read_numbers(gu.DATA / "columns.csv")
+    return [Column(*(line[field] or "" for field in Column._fields)) for line in lines if line["table"] == table]
 
 
 # --- images, or why a column stays blank ------------------------------------------------------------------------------
@@ -108,7 +63,8 @@ def load_sets(columns: list[Column]) -> tuple[dict[str, gu.ImageSet], dict[str, 
     """({source: images}, {source: its digest, or why it is not there}) for all that the columns need. A set that is nowhere
     stops nothing; without its gallery nothing else is fetched for a column."""
     sets, notes = {}, {}
-    for source, gallery in dict.fromkeys((s, column[2]) for column in columns for s in (column[2], column[1]) if s):
+    wanted = ((s, column.gallery) for column in columns for s in (column.gallery, column.images) if s)
+    for source, gallery in dict.fromkeys(wanted):
         if source in notes or (source != gallery and gallery and gallery not in sets):
             continue
         try:
@@ -123,8 +79,9 @@ def load_sets(columns: list[Column]) -> tuple[dict[str, gu.ImageSet], dict[str, 
 # --- a function for each task -----------------------------------------------------------------------------------------
 
 
-def embed_once(encoder: gu.Encoder, source: str, sets: dict, kept: dict) -> np.ndarray:
-    """The embeddings of a set: kept from an earlier column, else from the cache, else computed."""
+def embed_once(encoder: gu.Encoder, source: str, sets: dict, kept: dict) -> tuple[np.ndarray, gu.ImageSet]:
+    """The embeddings of a set and the images that they belong to: kept from an earlier column, else from the cache, else
+    computed."""
     key = id(encoder), source
     if key not in kept:
         kept[key] = gu.embed_images(encoder, sets[source])
@@ -132,15 +89,13 @@ def embed_once(encoder: gu.Encoder, source: str, sets: dict, kept: dict) -> np.n
 
 
 def score_image_to_image(
-    encoder: gu.Encoder, column: Column, sets: dict, kept: dict
-) -> tuple[gu.Score, np.ndarray | None]:
-    """Every image asks all images of its set."""
-    _, source, _, _, metric = column
-    vectors = embed_once(encoder, source, sets, kept)
-    labels = sets[source].labels
-    own = None if "self included" in metric else np.arange(len(labels))[:, None]
-    ranks = gu.rank_relevant(vectors, vectors, gu.same_label(labels, labels), leave_out=own)
-    return (gu.recall_at_k(ranks, 1) if metric == "R@1" else gu.mean_average_precision(ranks)), labels
+    encoder: gu.Encoder, column: Column, sets: dict, kept: dict, with_query: bool = False, recall_at: int = 0
+) -> tuple[gu.Score, np.ndarray]:
+    """Every image asks all images of its set, with_query: itself too. mAP, or R@k."""
+    vectors, images = embed_once(encoder, column.images, sets, kept)
+    own = None if with_query else np.arange(len(images))[:, None]
+    ranks = gu.rank_relevant(vectors, vectors, gu.same_label(images.labels, images.labels), leave_out=own)
+    return (gu.recall_at_k(ranks, recall_at) if recall_at else gu.mean_average_precision(ranks)), images.labels
 
 
 def trapezoid_average_precision(ranks: np.ndarray) -> gu.Score:
@@ -166,27 +121,25 @@ def score_revisited(
     return trapezoid_average_precision(ranks)
 
 
-def measure_revisited(
-    encoder: gu.Encoder, column: Column, sets: dict, kept: dict
-) -> tuple[gu.Score, np.ndarray | None]:
+def measure_revisited(encoder: gu.Encoder, column: Column, sets: dict, kept: dict) -> tuple[gu.Score, None]:
     """The mAP of revisited Oxford and Paris under the protocol medium."""
-    _, source, gallery, _, _ = column
-    queries, vectors = (embed_once(encoder, part, sets, kept) for part in (source, gallery))
-    if left_out := sets[source].left_out + sets[gallery].left_out:
+    (queries, asked), (gallery, searched) = (
+        embed_once(encoder, source, sets, kept) for source in (column.images, column.gallery)
+    )
+    if left_out := asked.left_out + searched.left_out:
         raise ValueError(
-            f"the ground truth of {source} counts images by row; {left_out[0]} cannot be read: get it again"
+            f"the ground truth of {column.images} counts images by row; {left_out[0]} cannot be read: get it again"
         )
-    truth = datasets.load_ground_truth(source.split(":")[0])
-    return score_revisited(queries, vectors, truth), None
+    return score_revisited(queries, gallery, datasets.load_ground_truth(column.images.split(":")[0])), None
 
 
-def score_knn(encoder: gu.Encoder, column: Column, sets: dict, kept: dict) -> tuple[gu.Score, np.ndarray | None]:
+def score_knn(encoder: gu.Encoder, column: Column, sets: dict, kept: dict) -> tuple[gu.Score, np.ndarray]:
     """The accuracy of a vote of 21 neighbours; the gallery's classes all stand for election."""
-    _, source, gallery, _, _ = column
-    vectors = embed_once(encoder, source, sets, kept)
-    labels, asks = sets[source].labels, np.full(len(vectors), True)
-    if gallery:
-        known, known_labels = embed_once(encoder, gallery, sets, kept), sets[gallery].labels
+    vectors, images = embed_once(encoder, column.images, sets, kept)
+    labels, asks = images.labels, np.full(len(vectors), True)
+    if column.gallery:
+        known, searched = embed_once(encoder, column.gallery, sets, kept)
+        known_labels = searched.labels
     else:
         for label in np.unique(labels):
             asks[np.flatnonzero(labels == label)[::2]] = False
@@ -203,40 +156,55 @@ def list_class_names(images: gu.ImageSet) -> tuple[list[str], np.ndarray]:
     return [images.names[label] for label in present], own
 
 
-def score_zero_shot(encoder: gu.Encoder, column: Column, sets: dict, kept: dict) -> tuple[gu.Score, np.ndarray | None]:
+def score_zero_shot(
+    encoder: gu.Encoder, column: Column, sets: dict, kept: dict, prompts: Sequence[str] = ("a photo of {}",)
+) -> tuple[gu.Score, np.ndarray]:
     """The accuracy of taking the class whose name is nearest."""
+    vectors, images = embed_once(encoder, column.images, sets, kept)
+    named, own = list_class_names(images)
+    return gu.zero_shot_accuracy(vectors, own, gu.class_embeddings(encoder, named, prompts)), images.labels
+
+
+def score_zero_shot_80(encoder: gu.Encoder, column: Column, sets: dict, kept: dict) -> tuple[gu.Score, np.ndarray]:
+    """`score_zero_shot` with the mean of the 80 prompts that CLIP was published with."""
     import open_clip
 
-    _, source, _, _, metric = column
-    vectors = embed_once(encoder, source, sets, kept)
-    named, own = list_class_names(sets[source])
-    prompts = (
-        [template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES] if "80" in metric else ["a photo of {}"]
-    )
-    return gu.zero_shot_accuracy(vectors, own, gu.class_embeddings(encoder, named, prompts)), sets[source].labels
+    prompts = [template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
+    return score_zero_shot(encoder, column, sets, kept, prompts)
 
 
 def score_text_to_image(
-    encoder: gu.Encoder, column: Column, sets: dict, kept: dict
+    encoder: gu.Encoder, column: Column, sets: dict, kept: dict, own_image: bool = False
 ) -> tuple[gu.Score, np.ndarray | None]:
-    """R@5: the share of captions with a right image among the first five."""
-    _, source, _, _, metric = column
-    vectors, units = embed_once(encoder, source, sets, kept), None
-    if "own image" in metric:
-        pairs = [(caption, row) for row, captions in enumerate(sets[source].captions) for caption in captions]
+    """R@5: the share of captions with a right image among the first five; own_image: right is only its own image."""
+    vectors, images = embed_once(encoder, column.images, sets, kept)
+    texts, relevant = image_set.text_queries(images)
+    units = None
+    if own_image:
+        pairs = [(caption, row) for row, captions in enumerate(images.captions) for caption in captions]
         texts, relevant = [caption for caption, _ in pairs], [np.array([row]) for _, row in pairs]
         units = np.array([row for _, row in pairs])
-    else:
-        texts, relevant = image_set.text_queries(sets[source])
     return gu.text_to_image_recall(gu.embed_texts(encoder, texts), vectors, relevant, k=5), units
 
+
+TASKS = {  # (task, metric): from (encoder, column, sets, embeddings kept) to (score, what succeeds and fails together)
+    ("image_to_image", "mAP"): score_image_to_image,
+    ("image_to_image", "mAP (self included)"): functools.partial(score_image_to_image, with_query=True),
+    ("image_to_image", "R@1"): functools.partial(score_image_to_image, recall_at=1),
+    ("revisited", "mAP (medium)"): measure_revisited,
+    ("knn", "accuracy"): score_knn,
+    ("zero_shot", "accuracy"): score_zero_shot,
+    ("zero_shot", "accuracy (80 templates)"): score_zero_shot_80,
+    ("text_to_image", "R@5"): score_text_to_image,
+    ("text_to_image", "R@5 (own image)"): functools.partial(score_text_to_image, own_image=True),
+}
 
 # --- a cell is measured once ------------------------------------------------------------------------------------------
 
 
 def takes_texts(column: Column) -> bool:
     """Whether a column needs a text tower."""
-    return column[3] in ("zero_shot", "text_to_image")
+    return column.task in ("zero_shot", "text_to_image")
 
 
 def name_cell_file(encoder: gu.Encoder, column: Column, folder: Path) -> Path:
@@ -248,22 +216,20 @@ def name_cell_file(encoder: gu.Encoder, column: Column, folder: Path) -> Path:
 
 def score_cell(encoder: gu.Encoder, column: Column, sets: dict, kept: dict) -> dict:
     """A column, measured now: {"column", "row", "left out"}, the last with the files that could not be read."""
-    name, source, gallery, task, metric = column
-    tasks = {
-        f.__name__: f
-        for f in (score_image_to_image, measure_revisited, score_knn, score_zero_shot, score_text_to_image)
-    }
-    score, units = tasks[task](encoder, column, sets, kept)
-    data_set, split = source.split(":")
-    row = gu.result_row(encoder.name, task, metric, score, units, split=split if data_set == "mini" else data_set)
-    return {"column": name, "row": row, "left out": [f for s in (source, gallery) if s for f in sets[s].left_out]}
+    score, units = TASKS[column.task, column.metric](encoder, column, sets, kept)
+    data_set, split = column.images.split(":")
+    split = split if data_set == "mini" else data_set
+    row = gu.result_row(encoder.name, column.task, column.metric, score, units, split=split)
+    sources = filter(None, (column.images, column.gallery))
+    left_out = [file for source in sources for file in embed_once(encoder, source, sets, kept)[1].left_out]
+    return {"column": column.name, "row": row, "left out": left_out}
 
 
 def measure_cell(encoder: gu.Encoder, column: Column, sets: dict, notes: dict, folder: Path, kept: dict) -> dict:
     """One cell, from its file or measured now and written; {"why": ...} where it cannot be measured."""
-    if takes_texts(column) and encoder.text_tower is None:
+    if takes_texts(column) and not encoder.has_text:
         return {"why": f"{encoder.name} has no text tower"}
-    needed, path = [source for source in column[1:3] if source], name_cell_file(encoder, column, folder)
+    needed, path = list(filter(None, (column.images, column.gallery))), name_cell_file(encoder, column, folder)
     data, absent = [notes.get(source) for source in needed], [source for source in needed if source not in sets]
     known = text_files.read_json(path) if path.exists() else None
     if known and (absent or known["data"] == data):
@@ -292,13 +258,13 @@ def measure_table(
         except FileNotFoundError:
             raise  # a mistyped file
         except (OSError, ImportError) as error:
-            cells |= {(name, column[0]): {"why": str(error)} for column in columns}
+            cells |= {(name, column.name): {"why": str(error)} for column in columns}
             continue
         one = "@" in name and any(map(takes_texts, columns))
         on_images, kept = heads.embed_as_in_paper(whole, one) if protocol == "paper" else whole, {}
         for column in columns:
             encoder = whole if takes_texts(column) and not one else on_images
-            cells[name, column[0]] = measure_cell(encoder, column, sets, notes, folder, kept)
+            cells[name, column.name] = measure_cell(encoder, column, sets, notes, folder, kept)
             progress.update(len(cells))
     return cells
 
@@ -337,9 +303,9 @@ def load_published_table(table: str) -> list[dict]:
 
 def compare_table(table: str, measured: dict[str, dict]) -> list[dict]:
     """The published table of a paper, one dict per row: for each of its cells whether it agrees (within TOLERANCE points), differs
-    or was not run, as `verdict` says. measured: {encoder: {column: per cent or None}}; a row that belongs to none of the encoders
-    of `published_rows` was not run, for its weights are not published."""
-    columns = [column[0] for column in {"gpnns": gpnns_columns, "mcip": mcip_columns}[table]()]
+    or was not run, as `compare_cell` says. measured: {encoder: {column: per cent or None}}; a row that belongs to none of the encoders
+    of `find_published_rows` was not run, for its weights are not published."""
+    columns = [column.name for column in load_columns(table)]
     by_row, lines = {id(row): measured.get(name, {}) for name, row in find_published_rows(table).items()}, []
     for row in load_published_table(table):
         ours, steps = by_row.get(id(row), {}), [key for key in ("gpr_ft", "mcip", "realigned") if row.get(key)]

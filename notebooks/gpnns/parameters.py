@@ -10,13 +10,13 @@ from __future__ import annotations
 import contextlib
 import math
 import re
+from pathlib import Path
 
 import yaml
 
 import gpnns_utils as gu
 
 CHOICES = {
-    "train": ("one", "all"),
     "recipe.start": ("means", "xavier"),
     "recipe.views": ("crop", "autoaugment"),
     "recipe.protocol": ("own", "paper"),
@@ -37,11 +37,11 @@ def take_parameters(notebook: str, given: dict) -> dict:
     A profile without a file sets nothing: it is only a name for the results. Raises ValueError for a value that cannot be
     taken, and when a profile sets what the notebook does not know; it says which parameter, and what it may be.
     """
-    folder = gu.COURSE / "profiles"
-    files = {path.stem: path for path in sorted(folder.glob("*.yml"))}
-    defaults = read_profile(files["mini"], notebook)
-    taken = {name: convert(default, given[name], name) for name, default in defaults.items()}
-    mappings = {name: default for name, default in defaults.items() if isinstance(default, dict)}
+    files = {path.stem: path for path in sorted((gu.COURSE / "profiles").glob("*.yml"))}
+    nested = read_profile(files["mini"], notebook)
+    defaults = flatten(nested, nested)
+    typed = flatten({name: given[name] for name in nested}, nested)
+    typed = {name: value for name, value in typed.items() if "." in name or value != defaults[name]}
     profile = convert("mini", given["profile"], "profile").strip()
     if not re.fullmatch(r"\w[\w. -]*", profile):
         raise ValueError(
@@ -49,75 +49,65 @@ def take_parameters(notebook: str, given: dict) -> dict:
         )
     if profile not in files:
         print(f"profile {profile}: a name for results only; with parameters of their own: {', '.join(files)}")
-        return (
-            taken
-            | {name: merge_mappings(mapping, taken[name]) for name, mapping in mappings.items()}
-            | {"profile": profile}
-        )
+        return nest(defaults | typed) | {"profile": profile}
     values = read_profile(files[profile], notebook)
-    if unknown := values.keys() - defaults.keys():
+    if unknown := values.keys() - nested.keys():
         raise ValueError(f"profiles/{profile}.yml sets {', '.join(sorted(unknown))}, which {notebook} does not know")
-    values = {
-        name: convert(defaults[name], value, f"{name} in profiles/{profile}.yml") for name, value in values.items()
-    }
-    chosen = {name: value for name, value in values.items() if taken[name] == defaults[name] != value}
-    for name, mapping in mappings.items():
-        chosen[name] = keep_changes(mapping, values.get(name, {}), taken[name])
-    if said := {name: value for name, value in chosen.items() if value != {}}:
-        print(f"profile {profile} sets " + ", ".join(f"{name} = {value!r}" for name, value in said.items()))
-    chosen |= {
-        name: merge_mappings(merge_mappings(mapping, chosen[name]), taken[name]) for name, mapping in mappings.items()
-    }
-    return taken | chosen | {"profile": profile}
+    values = flatten(values, nested, where=f" in profiles/{profile}.yml")
+    chosen = {name: value for name, value in values.items() if name not in typed and value != defaults[name]}
+    if chosen:
+        print(f"profile {profile} sets " + ", ".join(f"{name} = {value!r}" for name, value in chosen.items()))
+    return nest(defaults | chosen | typed) | {"profile": profile}
 
 
-def merge_mappings(mapping: dict, values: dict) -> dict:
-    """A mapping with `values` in place of its own, key by key, also in the mappings that it holds."""
-    return mapping | {
-        key: merge_mappings(mapping[key], value) if isinstance(value, dict) else value for key, value in values.items()
-    }
-
-
-def keep_changes(mapping: dict, values: dict, given: dict) -> dict:
-    """Those of a profile's `values` that differ from the defaults and that a reader has not `given`."""
-    kept = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            value = keep_changes(mapping[key], value, given.get(key, {}))
-        elif key in given or value == mapping[key]:
-            continue
-        if value != {}:
-            kept[key] = value
-    return kept
-
-
-def read_profile(path, notebook: str) -> dict:
+def read_profile(path: Path, notebook: str) -> dict:
     return yaml.safe_load(path.read_text(encoding="utf-8"))["notebooks"].get(notebook, {})
 
 
-def convert(default, value, name: str):
+def flatten(values: dict, defaults: dict, parent: str = "", where: str = "") -> dict:
+    """The `values` of parameters as what their defaults are, those within mappings under names such as recipe.search.top.
+    `where` is told in errors. A mapping may also come as the text that YAML and JSON make of it."""
+    flat = {}
+    for key, value in values.items():
+        name, default = parent + key, defaults[key]
+        if not isinstance(default, dict):
+            flat[name] = convert(default, value, name, where)
+            continue
+        with contextlib.suppress(yaml.YAMLError):
+            value = yaml.safe_load(value) if isinstance(value, str) else value
+        if not isinstance(value, dict):
+            raise ValueError(f"{name}{where} must be a mapping such as {{margin: 0.1}}, not {value!r}")
+        if unknown := value.keys() - default.keys():
+            raise ValueError(f"{name}{where} knows no {', '.join(map(str, unknown))}; it has {', '.join(default)}")
+        flat |= flatten(value, default, f"{name}.", where)
+    return flat
+
+
+def nest(flat: dict) -> dict:
+    """What `flatten` made, as mappings again."""
+    nested = {}
+    for name, value in flat.items():
+        *path, key = name.split(".")
+        place = nested
+        for part in path:
+            place = place.setdefault(part, {})
+        place[key] = value
+    return nested
+
+
+def convert(default, value, name: str, where: str = ""):
     """`value` as the kind that `default` is; ValueError with the parameter's name and what it may be."""
-    if isinstance(default, dict):
-        return convert_to_mapping(default, value, name)
-    full = name.partition(" ")[0]  # without "in profiles/..."
-    short = full.rpartition(".")[2]
-    full = f"recipe.{short}" if full.startswith("recipe.") else full
+    head, _, short = name.rpartition(".")
     if short in PAIRS and isinstance(value, list) and len(value) == 2:
-        return [convert(default, number, name) for number in value]
-    wanted = {
-        str: convert_to_text,
-        list: convert_to_list,
-        bool: convert_to_switch,
-        int: convert_to_whole,
-        float: convert_to_number,
-    }[type(default)]
+        return [convert(default, number, name, where) for number in value]
+    name += where
     try:
-        value = wanted(value)
+        value = CONVERTERS[type(default)](value)
     except ValueError as error:
         raise ValueError(f"{name} must be {error}, not {value!r}. Its default is {default!r}") from None
     if default and value == []:
         raise ValueError(f"{name} names nothing; its default is {default!r}")
-    choices = CHOICES.get(full, [value])
+    choices = CHOICES.get(f"recipe.{short}" if head else short, [value])
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(filter(None, choices))}, not {value!r}")
     if short in COUNTS and value < 1:
@@ -138,18 +128,6 @@ def convert_to_text(value) -> str:
     return value
 
 
-def convert_to_mapping(default: dict, value, name: str) -> dict:
-    """The keys that are given, each as what its default is; `value` is a mapping, or one as YAML and JSON write it."""
-    with contextlib.suppress(yaml.YAMLError):
-        value = yaml.safe_load(value) if isinstance(value, str) else value
-    if not isinstance(value, dict):
-        raise ValueError(f"{name} must be a mapping such as {{margin: 0.1}}, not {value!r}")
-    if unknown := value.keys() - default.keys():
-        raise ValueError(f"{name} knows no {', '.join(map(str, unknown))}; it has {', '.join(default)}")
-    head, space, rest = name.partition(" ")
-    return {key: convert(default[key], one, f"{head}.{key}{space}{rest}") for key, one in value.items()}
-
-
 def convert_to_list(value) -> list[str]:
     """A list, or text: names with commas between them, or a list in brackets as JSON, YAML and Python write it."""
     if isinstance(value, str) and value.strip().startswith("["):
@@ -164,24 +142,26 @@ def convert_to_list(value) -> list[str]:
 
 
 def convert_to_switch(value) -> bool:
-    words = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
-    if str(value).strip().lower() not in words:
+    word = str(value).strip().lower()
+    if word not in ("true", "yes", "on", "1", "false", "no", "off", "0"):
         raise ValueError("True or False")
-    return words[str(value).strip().lower()]
+    return word in ("true", "yes", "on", "1")
 
 
 def convert_to_whole(value) -> int:
-    with contextlib.suppress(ValueError):
-        if convert_to_number(value) == int(convert_to_number(value)):
-            return int(convert_to_number(value))
-    raise ValueError("a whole number")
+    number = convert_to_number(value, "a whole number")
+    if number != int(number):
+        raise ValueError("a whole number")
+    return int(number)
 
 
-def convert_to_number(value) -> float:
-    try:
-        number = math.nan if isinstance(value, bool) else float(value)
-    except (ValueError, TypeError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise ValueError("a number")
-    return number
+def convert_to_number(value, kind: str = "a number") -> float:
+    with contextlib.suppress(ValueError, TypeError):
+        if not isinstance(value, bool) and math.isfinite(float(value)):
+            return float(value)
+    raise ValueError(kind)
+
+
+CONVERTERS = {
+    str: convert_to_text, list: convert_to_list, bool: convert_to_switch, int: convert_to_whole, float: convert_to_number
+}  # fmt: skip

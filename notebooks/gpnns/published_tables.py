@@ -27,6 +27,12 @@ def read_numbers(path: Path) -> list[dict]:
     return [{key: None if value == "" else parse_number(value) for key, value in row.items()} for row in rows]
 
 
+def load_curve(name: str) -> list[dict]:
+    """The points of one curve of data/claims_curves.csv, which `make claims` writes: {"curve", "line", "label", "x", "y", "low",
+    "high"}."""
+    return [row for row in read_numbers(gu.DATA / "claims_curves.csv") if row["curve"] == name]
+
+
 def parse_number(text: str) -> float | int | str:
     for kind in (int, float):
         try:

@@ -2,7 +2,7 @@
 
 States are state dicts, name to tensor; none of them is changed, and what comes back is new memory.
 
-the mean -> towards the start
+ingredients -> the mean -> towards the start
 """
 
 from __future__ import annotations
@@ -20,6 +20,11 @@ import gpnns_utils as gu
 from gpnns import training
 from gpnns.encoders import checkpoints
 
+State = Mapping[str, torch.Tensor]
+Ingredients = tuple[gu.Encoder, gu.Encoder, dict[str, State]]
+
+# --- ingredients -----------------------------------------------------------------------------------------------------
+
 
 def make_ingredients(
     run: gu.Run,
@@ -27,39 +32,38 @@ def make_ingredients(
     checkpoints: Sequence[str | Path],
     images: gu.ImageSet,
     choose_on: gu.ImageSet,
-    variety: Sequence[dict],
+    variety: Sequence[Mapping],
+    recipe: Mapping,
     **settings,
-) -> tuple[gu.Encoder, gu.Encoder, dict[str, dict[str, torch.Tensor]]]:
+) -> Ingredients:
     """What a soup is made of: (the encoder before any fine-tuning, the one that all ingredients start from, the state dict of
     each ingredient by name). Prints where they come from.
 
     checkpoints: files that were fine-tuned from `encoder`, which is then also their start. Without any, the start is
-    `left_by_03` or else the encoder itself, and each entry of `variety`, settings of `fine_tune` that take the place of
-    `settings`, becomes an ingredient: trained on three quarters of the classes, drawn anew for each, as GUIE's fourth place
-    did. A training that was stopped goes on, a finished one is loaded. Raises ValueError for files that are not two or
-    more different ones of one architecture.
+    `find_checkpoint_of_03` or else the encoder itself, and each entry of `variety`, keys that take the place of those of
+    `recipe`, becomes an ingredient: trained on three quarters of the classes, drawn anew for each, as GUIE's fourth place
+    did. settings: of `fine_tune`. A training that was stopped goes on, a finished one is loaded. Raises ValueError for
+    files that are not two or more different ones of one architecture.
     """
     if checkpoints:
         return load_ingredients([Path(file).expanduser() for file in checkpoints], encoder)
     spec, source = training.find_checkpoint_of_03(run, encoder, images) or (encoder, f"{encoder} itself")
-    start, states = gu.load_encoder(spec), {}
-    vectors = gu.embed_images(start, images)
+    start, states, folder = gu.load_encoder(spec), {}, run.folder / "05_training"
+    vectors, images = gu.embed_images(start, images)
     for number, change in enumerate(variety):
-        part, tuned = training.choose_three_quarters(images, run.seed, number), gu.load_encoder(spec)
-        training.fine_tune(
-            tuned, images.subset(part), choose_on, run.folder / "05_training", embeddings=vectors[part],
-            **settings | {"seed": run.seed + number} | change,
-        )  # fmt: skip
+        part = training.choose_three_quarters(images, run.seed, number)
+        own = settings | {"seed": run.seed + number, "embeddings": vectors[part]}
+        tuned, _ = training.fine_tune_by_recipe(
+            gu.load_encoder(spec), images.subset(part), choose_on, folder, {**recipe, **change}, **own
+        )
         states[f"ingredient_{number}"] = {key: value.cpu() for key, value in tuned.model.state_dict().items()}
     print(f"{len(states)} ingredients, trained here; they start from {source}")
     return gu.load_encoder(encoder), start, states
 
 
-def load_ingredients(
-    files: list[Path], encoder: str
-) -> tuple[gu.Encoder, gu.Encoder, dict[str, dict[str, torch.Tensor]]]:
-    """`ingredients` from files, under the names that the model has for their tensors. A head is new in the files: their start
-    gets the mean of theirs, from which none moved."""
+def load_ingredients(files: list[Path], encoder: str) -> Ingredients:
+    """`make_ingredients` from files, under the names that the model has for their tensors. A head is new in the files: their
+    start gets the mean of theirs, from which none moved."""
     if len({file.resolve() for file in files}) < max(2, len(files)):
         raise ValueError(f"a soup needs two different checkpoints or more, not {', '.join(map(str, files))}")
     noted = checkpoints.read_checkpoint_settings(files[0])
@@ -73,23 +77,19 @@ def load_ingredients(
     except ValueError as error:
         hint = "Name what they were fine-tuned from in the parameter encoder, such as open_clip:ViT-B-16/openai"
         raise ValueError(f"{error}. {hint}") from error
-    heads = [
-        {key: value for key, value in state.items() if key.startswith("embedding_head.")} for state in states.values()
-    ]
+    head = [key for key in start.model.state_dict() if key.startswith("embedding_head.")]
+    heads = [{key: state[key] for key in head} for state in states.values()]
     checkpoints.fill_weights(start.model, gu.load_encoder(encoder).model.state_dict() | average(heads), encoder)
     known = {encoder: start.model.state_dict()}
     for file, state in states.items():
         for name, other in known.items():
             if all(torch.equal(state[key].to(value), value) for key, value in other.items()):
-                raise ValueError(
-                    f"{file} holds the same weights as {name}: leave it out, as nothing was learned between them"
-                )
+                why = "leave it out, as nothing was learned between them"
+                raise ValueError(f"{file} holds the same weights as {name}: {why}")
         known[file] = state
     print(f"{len(states)} ingredients from files; their start is {encoder}")
     return start, start, states
 
-
-State = Mapping[str, torch.Tensor]
 
 # --- the mean --------------------------------------------------------------------------------------------------------
 
@@ -106,11 +106,9 @@ def average(states: Sequence[State], weights: Sequence[float] | None = None) -> 
     if weights.shape != (len(states),) or abs(weights.sum() - 1) > 1e-6:
         raise ValueError(f"{len(states)} checkpoints need as many weights that sum to 1, not {weights}")
     if len(states) > 1 and any(key.endswith("running_var") for key in states[0]):
-        warnings.warn(
-            "these models have batch norm, whose averaged statistics may not fit the averaged weights: try "
-            "torch.optim.swa_utils.update_bn, and keep what validation prefers (notebook 05, exercise 4)",
-            stacklevel=2,
-        )
+        advice = "try torch.optim.swa_utils.update_bn, and keep what validation prefers (notebook 05, exercise 4)"
+        told = "these models have batch norm, whose averaged statistics may not fit the averaged weights"
+        warnings.warn(f"{told}: {advice}", stacklevel=2)
     soup = {}
     for key, value in states[0].items():
         if value.is_floating_point():
@@ -132,14 +130,12 @@ def check_fit(states: Sequence[State]) -> None:
     for number, state in enumerate(states[1:], 1):
         odd = sorted(states[0].keys() ^ state.keys())
         if odd := odd or [key for key in state if state[key].shape != states[0][key].shape]:
-            raise ValueError(
-                f"checkpoint 0 and checkpoint {number} are not of one architecture; they differ in {', '.join(odd[:3])} "
-                f"({len(odd)} tensors)"
-            )
+            told = f"they differ in {', '.join(odd[:3])} ({len(odd)} tensors)"
+            raise ValueError(f"checkpoint 0 and checkpoint {number} are not of one architecture; {told}")
     if key := find_shared_memory(states):
+        why = "they are one model's own tensors, and their mean is what was loaded last"
         raise ValueError(
-            f"{key} is the same memory in several state dicts: they are one model's own tensors, and their mean is what was "
-            "loaded last. clone() them, or read them from files"
+            f"{key} is the same memory in several state dicts: {why}. clone() them, or read them from files"
         )
 
 

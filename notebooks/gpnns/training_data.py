@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,8 +15,6 @@ from torchvision import transforms
 import gpnns_utils as gu
 from gpnns.encoders.encoder import describe_transform
 from gpnns.images import image_set
-
-# --- data ------------------------------------------------------------------------------------------------------------
 
 
 def make_training_transform(
@@ -46,13 +45,27 @@ def make_training_transform(
     ])  # fmt: skip
 
 
-class TrainingImages(Dataset):
-    """(view, class number) by row; class numbers run from 0. Raises ValueError for a file that cannot be read."""
+class Captions(NamedTuple):
+    """What MCIP adds to a training on classes: captions of the images, and how the loss of these counts."""
 
-    def __init__(self, images: gu.ImageSet, transform: Callable[[Image.Image], torch.Tensor]):
+    rows: np.ndarray  # (n, top) int64 into `texts`, -1 for none
+    texts: Sequence[str]
+    vectors: np.ndarray  # their unit embeddings float32 (m, d), of the text tower, which stays as it is
+    caption_weight: float = 0.25  # share of the caption loss in the total
+    caption_scale: float = 30.0  # of `multi_caption_loss`
+    shared_captions: str = "right"  # of `batch_captions`
+
+
+class TrainingImages(Dataset):
+    """(view, class number) by row, with captions also the rows (top,) of the image's captions; class numbers run from 0. Raises
+    ValueError for a file that cannot be read."""
+
+    def __init__(
+        self, images: gu.ImageSet, transform: Callable[[Image.Image], torch.Tensor], captions: Captions | None = None
+    ):
         if images.labels is None:
             raise ValueError(f"{images.name} {image_set.NO_LABELS}")
-        self.images, self.transform = images, transform
+        self.images, self.transform, self.captions = images, transform, captions
         self.names, self.labels = np.unique(images.labels, return_inverse=True)
         if len(self.names) < 2:
             raise ValueError(f"{images.name} has only one class; fine-tuning tells classes apart, so add another")
@@ -61,32 +74,21 @@ class TrainingImages(Dataset):
         return len(self.images)
 
     def describe(self) -> bytes:
-        """All that decides what is learned: the images' content, whatever their files are called, labels, and how views
-        are made."""
-        return b"".join(self.images.digests()) + self.labels.tobytes() + describe_transform(self.transform).encode()
+        """All that decides what is learned: the images' content, whatever their files are called, labels, captions, and how
+        views are made."""
+        told = self.captions.rows.tobytes() + repr(self.captions.texts).encode() if self.captions else b""
+        views = describe_transform(self.transform).encode()
+        return b"".join(self.images.digests()) + self.labels.tobytes() + views + told
 
-    def __getitem__(self, row: int) -> tuple[torch.Tensor, int]:
+    def __getitem__(self, row: int) -> tuple:
         try:
             image = self.images[row]
         except Exception as error:
             raise ValueError(
-                f"cannot read {self.images.describe(row)} ({type(error).__name__}); `embed_images` takes such files out of a set"
+                f"cannot read {self.images.describe(row)} ({type(error).__name__}); use the images that `embed_images` gives back"
             ) from error
-        return self.transform(image), int(self.labels[row])
-
-
-class CaptionedImages(TrainingImages):
-    """(view, class number, rows of its captions) by row; rows: (n, top) int64 into `texts`, -1 for none."""
-
-    def __init__(self, images: gu.ImageSet, transform: Callable, rows: np.ndarray, texts: Sequence[str]):
-        super().__init__(images, transform)
-        self.rows, self.texts = rows, texts
-
-    def describe(self) -> bytes:
-        return super().describe() + self.rows.tobytes() + repr(self.texts).encode()
-
-    def __getitem__(self, row: int) -> tuple[torch.Tensor, int, np.ndarray]:
-        return *super().__getitem__(row), self.rows[row]
+        item = self.transform(image), int(self.labels[row])
+        return (*item, self.captions.rows[row]) if self.captions else item
 
 
 class CaptionPairs(Dataset):

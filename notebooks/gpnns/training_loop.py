@@ -6,6 +6,7 @@ the loop -> several processes -> its parts
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import json
 import math
@@ -53,7 +54,7 @@ class Repeatable(Dataset):
 
 
 def to_arrays(items: list) -> list:
-    """The items of a batch with arrays in place of tensors, as `from_workers` sends them."""
+    """The items of a batch with arrays in place of tensors, as `read_in_workers` sends them."""
     return recursively_apply(torch.Tensor.numpy, items)
 
 
@@ -70,19 +71,18 @@ def draw_batches(
 
     balance: labels; classes are then drawn equally often, whatever their size. part, parts: one process's share.
     """
-    weights = None
     if balance is not None:
         _, numbers, counts = np.unique(balance, return_inverse=True, return_counts=True)
-        weights = 1 / counts[numbers] / len(counts)
+        shares = 1 / counts[numbers] / len(counts)
     shuffled, order = None, np.empty(0, dtype=int)
     for number in range(first, last):
         epoch, place = divmod(number, count // size)
         if epoch != shuffled:
             random, shuffled = np.random.default_rng([seed, epoch]), epoch
-            order = random.permutation(count) if weights is None else random.choice(count, count, p=weights)
+            order = random.permutation(count) if balance is None else random.choice(count, count, p=shares)
         places = range(place * size, (place + 1) * size)[part::parts]
         # Balanced drawing repeats images within an epoch: each time they shall look different.
-        yield [(epoch if weights is None else epoch * count + i, int(order[i])) for i in places]
+        yield [(epoch if balance is None else epoch * count + i, int(order[i])) for i in places]
 
 
 # --- the loop --------------------------------------------------------------------------------------------------------
@@ -96,51 +96,51 @@ def fit(
     epochs: float = 1,
     batch_size: int = 128,
     accumulate: int = 1,
-    warmup: int = 0,
+    warmup: float = 0.0,
     lr_min: float = 0.0,
     clip: float = 1.0,
-    balance: np.ndarray | None = None,
-    ema: float | None = None,
+    balanced: bool = False,
+    ema: float = 0.0,
     validate: Callable[[], float] | None = None,
     validate_every: int | None = None,
-    save_every: int = 500,
+    save_every: int | None = None,
     seed: int = 0,
     draw: bool = False,
 ) -> list[dict]:
     """Train: AdamW, rates on a cosine per step, on one device or several, resumable at any step.
 
-    objective(*batch) is the mean loss of a batch, as the default collation of `dataset`'s items makes it. dataset:
-    items by row, and `describe()`, bytes that change when they do. groups: what is trained, as {"params", "lr",
-    "weight_decay"}; everything else is frozen and, where a whole module is, in evaluation mode: train in stages by
-    calling `fit` once per stage. batch_size: images per batch over all processes; `accumulate` batches make a step.
-    warmup: steps in which the rates rise from 0. lr_min: the rate that the cosine ends at. clip: the largest gradient
-    norm of each child of the objective. balance: labels by row, to draw classes equally often. ema: decay of an
-    average of the weights, which is then validated and kept. validate() -> per cent, higher is better: called every
-    `validate_every` steps (default: each epoch), on classes that are not trained on; the best weights are kept,
-    without it the last. draw: show the curves while they grow.
+    objective(*batch) is the mean loss of a batch, as the default collation of `dataset`'s items makes it. dataset: items by
+    row, and `describe()`, bytes that change when they do. groups: what is trained, as {"params", "lr", "weight_decay"};
+    everything else is frozen and, where a whole module is, in evaluation mode: train in stages by calling `fit` once per
+    stage. batch_size: images per batch over all processes; `accumulate` batches make a step. warmup: steps in which the
+    rates rise from 0, or below 1 their share of all. lr_min: the rate that the cosine ends at. clip: the largest gradient
+    norm of each child of the objective. balanced: draw the classes of `dataset.labels` equally often. ema: decay of an
+    average of the weights, which is then validated and kept, 0 for none. validate() -> per cent, higher is better: called
+    every `validate_every` steps (default: each epoch), on classes that are not trained on; the best weights are kept,
+    without it the last. save_every: steps from one checkpoint to the next (default: a twentieth of all, 100 at least).
+    draw: show the curves while they grow.
 
-    Files go to `folder`/<a hash of settings, first weights, images and loss>: checkpoints, `log.jsonl`, best weights.
-    The same call with the same first weights (seed torch before you build the proxies, build everything anew) goes on
-    where a killed one stopped, with the same bits on a CPU, and is done at once when it was done.
+    Files go to `folder`/<a hash of settings, first weights, images and loss>: checkpoints, `log.jsonl`, best weights. The
+    same call with the same first weights (seed torch before you build the proxies, build everything anew) goes on where a
+    killed one stopped, with the same bits on a CPU, and is done at once when it was done.
 
-    Returns the log, also written as JSON lines: step, epoch, loss, rate, gradient, images_per_second, validation.
-    Raises ValueError for settings that cannot work, FloatingPointError when the loss is not finite, OSError when a
-    checkpoint cannot be written or nodes do not share `folder`; earlier checkpoints stay.
+    Returns the log, also written as JSON lines: step, epoch, loss, rate, gradient, images_per_second, validation. Raises
+    ValueError for settings that cannot work, FloatingPointError when the loss is not finite, OSError when a checkpoint
+    cannot be written or nodes do not share `folder`; earlier checkpoints stay.
     """
     check_settings(groups, epochs, clip, ema)
     accelerator = start_accelerator(objective, accumulate)
     per_epoch = count_steps_per_epoch(accelerator, dataset, batch_size)
     steps = max(1, round(epochs * per_epoch))
-    validate_every, log_every = validate_every or round(per_epoch), max(1, steps // 100)
-    groups = freeze_the_rest(objective, groups)
-    settings = [steps, batch_size, accumulate, warmup, lr_min, clip, ema, seed, validate_every]
-    settings += [accelerator.mixed_precision, None if balance is None else np.asarray(balance).tolist()]
+    validate_every, save_every = validate_every or round(per_epoch), save_every or max(100, steps // 20)
+    log_every, warmup = max(1, steps // 100), int(warmup * steps if warmup < 1 else warmup)
     if not 0 <= warmup <= steps:
         raise ValueError(f"warmup={warmup} steps do not fit into {steps}; shorten it, or train longer")
-    repeatable = Repeatable(dataset, seed)
-    folder = Path(folder).expanduser() / hash_training(
-        objective, repeatable, groups, settings, accelerator.process_index
-    )
+    groups, labels = freeze_the_rest(objective, groups), dataset.labels if balanced else None
+    settings = [steps, batch_size, accumulate, warmup, lr_min, clip, balanced, ema, seed, validate_every]
+    settings.append(accelerator.mixed_precision)
+    repeatable, process = Repeatable(dataset, seed), accelerator.process_index
+    folder = Path(folder).expanduser() / hash_training(objective, repeatable, groups, settings, process)
     check_shared_folder(accelerator, folder)
 
     optimizer = torch.optim.AdamW(groups)
@@ -151,9 +151,12 @@ def fit(
     step, log = resume(accelerator, folder)
 
     first, last = step * accumulate, steps * accumulate
-    process, processes = accelerator.process_index, accelerator.num_processes
-    share = draw_batches(len(dataset), batch_size, first, last, seed, balance, process, processes)
-    workers = decoding.count_decoders(dataset.images) if isinstance(dataset, training_data.TrainingImages) else 0
+    share = draw_batches(len(dataset), batch_size, first, last, seed, labels, process, accelerator.num_processes)
+    workers = (
+        decoding.count_decoders(dataset.images, len(dataset))
+        if isinstance(dataset, training_data.TrainingImages)
+        else 0
+    )
     loader = decoding.read_in_workers(repeatable, share, workers, to_arrays)
     progress = gu.Progress(last * batch_size, "training", done=first * batch_size)
     losses, started, picture, drawn = [], time.time(), None, 0.0
@@ -189,7 +192,8 @@ def fit(
         if accelerator.is_main_process:
             progress.update(step * accumulate * batch_size)
             if log and log[-1]["step"] == step:
-                write_log(log, folder)
+                lines = "".join(json.dumps(row) + "\n" for row in log).encode()
+                gu.write_atomically(folder / "log.jsonl", lambda file, lines=lines: file.write(lines))
                 if draw and time.time() - drawn > 5:  # a figure takes as long as a step or two
                     picture, drawn = draw_training(log, picture), time.time()
         if step % save_every == 0 or step == steps:
@@ -208,7 +212,7 @@ def fit(
     return log
 
 
-def check_settings(groups: list[dict], epochs: float, clip: float, ema: float | None) -> None:
+def check_settings(groups: list[dict], epochs: float, clip: float, ema: float) -> None:
     """ValueError for settings that would train nothing, or away from the goal."""
     rates = [group.get("lr") for group in groups]
     if wrong := [rate for rate in rates if not isinstance(rate, (int, float)) or not 0 <= rate < math.inf]:
@@ -218,23 +222,23 @@ def check_settings(groups: list[dict], epochs: float, clip: float, ema: float | 
     if not clip > 0:
         raise ValueError(f"clip={clip} leaves no gradient; choose a number above 0, or math.inf for no limit")
     if ema and not 0 < ema < 1:
-        raise ValueError(f"ema={ema} averages no weights; choose a decay between 0 and 1, such as 0.999, or None")
+        raise ValueError(f"ema={ema} averages no weights; choose a decay between 0 and 1, such as 0.999, or 0 for none")
 
 
 # --- several processes -----------------------------------------------------------------------------------------------
 
 
 def fit_in_processes(
-    processes: int, objective: torch.nn.Module, dataset: Dataset, folder: str | Path, groups: list[dict], **settings
+    objective: torch.nn.Module, dataset: Dataset, folder: str | Path, groups: list[dict], processes: int = 1, **settings
 ) -> list[dict]:
-    """`fit` on several GPUs from within a notebook, each process on one; 0 for all GPUs there are.
+    """`fit` on several GPUs from within a notebook, each of the processes on one; 0 for all GPUs there are.
 
     The processes are started anew, so it does no harm that the notebook has used a GPU already; objective, dataset and
     what `validate` reaches are copied to them. Afterwards `fit` finds their training done and loads its weights here.
     """
     processes = processes or max(1, torch.cuda.device_count())
     if processes > 1:
-        groups = [{**group, "params": list(group["params"])} for group in groups]
+        groups = freeze_the_rest(objective, groups)
         work = cloudpickle.dumps((objective, dataset, Path(folder).absolute(), groups, settings | {"draw": False}))
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -259,13 +263,9 @@ def start_accelerator(objective: torch.nn.Module, accumulate: int) -> accelerate
     """accelerate for this process, in the precision that the device gains from; all processes get the first's weights."""
     device = next(objective.parameters()).device
     precision = {torch.float16: "fp16", torch.bfloat16: "bf16", None: "no"}[gu.best_precision(device)]
-    patience = accelerate.InitProcessGroupKwargs(timeout=timedelta(hours=12))  # others wait while one validates
-    accelerator = accelerate.Accelerator(
-        cpu=device.type == "cpu",
-        mixed_precision=precision,
-        gradient_accumulation_steps=accumulate,
-        kwargs_handlers=[patience],
-    )
+    patience = [accelerate.InitProcessGroupKwargs(timeout=timedelta(hours=12))]  # others wait while one validates
+    options = {"mixed_precision": precision, "gradient_accumulation_steps": accumulate, "kwargs_handlers": patience}
+    accelerator = accelerate.Accelerator(cpu=device.type == "cpu", **options)
     for value in objective.to(accelerator.device).state_dict().values():
         value.copy_(broadcast(value))
     return accelerator
@@ -275,10 +275,8 @@ def count_steps_per_epoch(accelerator: accelerate.Accelerator, dataset: Dataset,
     """Steps in which an epoch passes by, a last incomplete batch left out. ValueError where not even one is filled."""
     accumulate, processes = accelerator.gradient_accumulation_steps, accelerator.num_processes
     if len(dataset) < batch_size * accumulate or batch_size % processes:
-        raise ValueError(
-            f"{len(dataset)} images do not fill one step of {accumulate} x {batch_size}, shared by {processes} processes; "
-            "choose a smaller batch_size that is a multiple of the processes"
-        )
+        asked = f"one step of {accumulate} x {batch_size}, shared by {processes} processes"
+        raise ValueError(f"{len(dataset)} images do not fill {asked}; choose a smaller batch_size, a multiple of these")
     return len(dataset) // batch_size / accumulate
 
 
@@ -297,23 +295,23 @@ def hash_training(
     objective: torch.nn.Module, dataset: Repeatable, groups: list, settings: list, process: int = 0
 ) -> str:
     """A hash that tells one training from another: settings, first weights, images, labels, and a first loss."""
+    if not hasattr(dataset.dataset, "describe"):
+        raise ValueError("the data set needs describe(): bytes that change when its items do, to tell trainings apart")
     names = {id(value): name for name, value in objective.named_parameters()}
     about = [group | {"params": [names.get(id(value)) for value in group["params"]]} for group in groups]
     plain = (bool, int, float, str, tuple, type(None))  # settings that a module keeps to itself, such as dropout rates
     modules = [{k: v for k, v in vars(m).items() if isinstance(v, plain)} for m in objective.eval().modules()]
-    digest = hashlib.blake2b(repr([settings, about, modules, repr(objective)]).encode(), digest_size=6)
-    if not hasattr(dataset.dataset, "describe"):
-        raise ValueError("the data set needs describe(): bytes that change when its items do, to tell trainings apart")
     items = dataset.dataset.describe() if process == 0 else None  # reads every image: once is enough
-    digest.update(digest_weights(objective) + broadcast_object_list([items])[0])
+    told = repr([settings, about, modules, repr(objective)]).encode()
+    digest = hashlib.blake2b(told + digest_weights(objective) + broadcast_object_list([items])[0], digest_size=6)
     count = len(dataset.dataset)  # some items and their loss tell changes of code, which nothing above would show
     rows = np.linspace(0, count - 1, min(count, 8)).astype(int)
     _, batch = default_collate([dataset[0, int(row)] for row in rows])
     for part in batch:
         digest.update(part.numpy().tobytes() if isinstance(part, torch.Tensor) else repr(part).encode())
     with torch.no_grad():
-        device = next(objective.parameters()).device
-        digest.update(f"{objective(*send_to_device(batch, device)).item():.3g}".encode())
+        loss = objective(*send_to_device(batch, next(objective.parameters()).device))
+    digest.update(f"{loss.item():.3g}".encode())
     return digest.hexdigest()
 
 
@@ -332,18 +330,19 @@ def check_shared_folder(accelerator: accelerate.Accelerator, folder: Path) -> No
     while not sees and time.time() < until:
         sees = note.exists() and note.read_text() == token
         time.sleep(0 if sees else 0.2)
-    blind = [rank for rank, there in enumerate(gather_object([sees])) if not there]
-    if blind:
-        raise OSError(
-            f"processes {blind} do not see what process 0 writes to {folder}: choose a folder that all nodes share, such "
-            "as one on a network disk, under the same path on each"
-        )
+    if blind := [rank for rank, there in enumerate(gather_object([sees])) if not there]:
+        advice = "choose a folder that all nodes share, such as one on a network disk, under the same path on each"
+        raise OSError(f"processes {blind} do not see what process 0 writes to {folder}: {advice}")
+
+
+def find_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, the last one at the end."""
+    return sorted(folder.glob("step_*"))
 
 
 def resume(accelerator: accelerate.Accelerator, folder: Path) -> tuple[int, list[dict]]:
     """Load the last checkpoint in `folder`, if there is one: the steps that were taken, and the log of those."""
-    found = sorted(folder.glob("step_*"))
-    if not found:
+    if not (found := find_checkpoints(folder)):
         return 0, []
     step = int(found[-1].name.removeprefix("step_"))
     with name_damage(found[-1]):
@@ -362,10 +361,8 @@ def name_damage(path: Path):
     except (MemoryError, torch.cuda.OutOfMemoryError, PermissionError):
         raise  # not the file's fault
     except Exception as error:
-        raise ValueError(
-            f"{path} is damaged ({type(error).__name__}: {str(error)[:200]}), as after a power cut; delete the folder "
-            f"{path.parent} and run again, to train anew"
-        ) from error
+        what = f"{path} is damaged ({type(error).__name__}: {str(error)[:200]}), as after a power cut"
+        raise ValueError(f"{what}; delete the folder {path.parent} and run again, to train anew") from error
 
 
 def set_training_mode(objective: torch.nn.Module) -> None:
@@ -384,11 +381,9 @@ def check_finite(accelerator, value: torch.Tensor, what: str, step: int, rows: t
     """The mean over processes of a value that must be finite, or FloatingPointError in all of them."""
     values = accelerator.gather(value.detach().reshape(1)).tolist()
     if not np.isfinite(values).all():
-        good = sorted(folder.glob("step_*"))
-        raise FloatingPointError(
-            f"the {what} became {values} at step {step + 1}, with the batch of rows {gather_object(rows.tolist())}. Look at those images, or lower the rates. "
-            + (f"The last good checkpoint is {good[-1]}" if good else "No checkpoint had been written yet")
-        )
+        told = f"the {what} became {values} at step {step + 1}, with the batch of rows {gather_object(rows.tolist())}"
+        good = [f"The last good checkpoint is {path}" for path in find_checkpoints(folder)[-1:]]
+        raise FloatingPointError(f"{told}. Look at those images, or lower the rates. {''.join(good)}")
     return float(np.mean(values))
 
 
@@ -408,8 +403,7 @@ def validate_weights(
 ) -> float:
     """validate() of the averaged weights if there are any, which are kept when it is the best so far; computed by the
     first process, known to all."""
-    objective.eval()
-    own = {key: value.clone() for key, value in objective.state_dict().items()} if average else None
+    own = copy.deepcopy(objective.eval().state_dict()) if average else None
     try:
         if average:
             objective.load_state_dict(average.module.state_dict())
@@ -426,11 +420,6 @@ def validate_weights(
     return float(value)
 
 
-def write_log(log: list[dict], folder: Path) -> None:
-    lines = "".join(json.dumps(row) + "\n" for row in log).encode()
-    gu.write_atomically(folder / "log.jsonl", lambda file: file.write(lines))
-
-
 def save_state(accelerator, folder: Path, step: int) -> None:
     """A checkpoint of everything, there as a whole or not at all; then the one before it is removed."""
     partial, final = folder / "partial", folder / f"step_{step:08d}"
@@ -442,14 +431,14 @@ def save_state(accelerator, folder: Path, step: int) -> None:
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             partial.rename(final)
-            for old in sorted(folder.glob("step_*"))[:-1]:
+            for old in find_checkpoints(folder)[:-1]:
                 shutil.rmtree(old)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch.save and safetensors have errors of their own
         if isinstance(error, RuntimeError) and "writ" not in str(error):
             raise  # not the disk's fault
         shutil.rmtree(partial, ignore_errors=True)
-        good = sorted(folder.glob("step_*"))
-        raise gu.disk_error(final, error, f"{good[-1]} is intact" if good else "there is no earlier one") from error
+        intact = [f"{good} is intact" for good in find_checkpoints(folder)[-1:]]
+        raise gu.disk_error(final, error, *intact or ["there is no earlier one"]) from error
     accelerator.wait_for_everyone()
 
 
@@ -457,8 +446,12 @@ def draw_training(log: list[dict], handle=None):
     """The log as curves by epoch, drawn over the picture of `handle`; returns the handle (None outside a notebook)."""
     if not gu.in_notebook():
         return None
-    titles = {"loss": "loss", "validation": "validation mAP (%)", "rate": "rate"}
-    titles["images_per_second"] = "images per second"
+    titles = {
+        "loss": "loss",
+        "validation": "validation mAP (%)",
+        "rate": "rate",
+        "images_per_second": "images per second",
+    }
     shown = {key: rows for key in titles if (rows := [row for row in log if key in row])}
     figure, axes = plt.subplots(1, len(shown), figsize=(2.1 * len(shown), 1.8), squeeze=False)
     for axis, (key, rows) in zip(axes[0], shown.items(), strict=True):

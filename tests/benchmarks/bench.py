@@ -412,6 +412,28 @@ def embed_gpu(repeats: int) -> dict:
     return embed_from_files("cuda", {"ViT-B-16": 256, "ViT-L-14-336": 128}, 8192, repeats)
 
 
+def text_query(repeats: int) -> dict:
+    """One new text as a cached query, ViT-B/32 untrained on one thread of the CPU, beside the bare text tower."""
+    import torch
+
+    torch.set_num_threads(1)
+    encoder = gu.load_encoder("open_clip:ViT-B-32/random", "cpu")
+    gu.embed_texts(encoder, [f"a first query at {time.time()}"])  # its fingerprint is kept from here on
+    ratios, bare = [], []
+    for i in range(3 * repeats):
+        text = f"query {i} at {time.time()}"
+        start = time.perf_counter()
+        with torch.inference_mode():
+            encoder.text_tower([text])
+        middle = time.perf_counter()
+        gu.embed_texts(encoder, [text])
+        bare.append(middle - start)
+        ratios.append((time.perf_counter() - middle) / bare[-1])
+    result = {"ratio": round(statistics.median(ratios), 3), "bare_ms": round(1000 * statistics.median(bare), 1)}
+    print(f"text_query: {result}", flush=True)
+    return result
+
+
 def plain_bootstrap(score: gu.Score, clusters: np.ndarray) -> np.ndarray:
     """The interval of `Score.interval` as a loop of ours, without scipy."""
     members = np.unique(clusters, return_inverse=True)[1]
@@ -497,6 +519,7 @@ ROWS = {
     "nnn_sweep": nnn_sweep,
     "libraries": libraries,
     "embed_cpu": embed_cpu,
+    "text_query": text_query,
     "embed_gpu": embed_gpu,
 }
 DEFAULT = [row for row in ROWS if row != "embed_gpu"]  # that one only where there is a GPU

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -10,8 +10,6 @@ import torch
 import torch.nn.functional as F
 
 import gpnns_utils as gu
-
-# --- heads -----------------------------------------------------------------------------------------------------------
 
 
 class EmbeddingHead(torch.nn.Module):
@@ -34,11 +32,37 @@ class EmbeddingHead(torch.nn.Module):
         return self.linear(features)
 
 
+class WithoutProjection(torch.nn.Module):
+    """An open_clip image tower, `visual`, whose features are not projected: (b, 3, h, w) -> (b, width)."""
+
+    def __init__(self, visual: torch.nn.Module):
+        super().__init__()
+        self.visual = visual
+
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        projection, self.visual.proj = self.visual.proj, None  # the way open_clip itself offers
+        try:
+            return self.visual(batch)
+        finally:
+            self.visual.proj = projection
+
+
+class WithHead(torch.nn.Module):
+    """A tower, which may be a method of a model, and a head after it."""
+
+    def __init__(self, tower: Callable[[torch.Tensor], torch.Tensor], head: EmbeddingHead):
+        super().__init__()
+        self.tower, self.head = tower, head
+
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        return self.head(self.tower(batch))
+
+
 def add_head(encoder: gu.Encoder, dim: int | None = None, before_projection: bool = False) -> gu.Encoder:
     """The same model, with another image embedding: through a new linear head of size `dim`, and/or before_projection,
     the features that CLIP would project into the space it shares with text (GP-NNS and GUIE's 2nd place use those).
 
-    The result has no text tower: its images no longer live where texts do.
+    The result embeds no texts: its images no longer live where texts do. ValueError where it cannot be done.
     """
     model, tower, width = encoder.model, encoder.image_tower, encoder.dim
     if dim is not None and (not isinstance(dim, (int, np.integer)) or isinstance(dim, bool) or dim < 1):
@@ -52,34 +76,22 @@ def add_head(encoder: gu.Encoder, dim: int | None = None, before_projection: boo
         visual = getattr(model, "visual", model)
         if getattr(visual, "proj", None) is None:
             raise ValueError(f"{encoder.name} has no projection to leave out; choose before_projection=False")
-        width = len(visual.proj)
-
-        def tower(batch: torch.Tensor) -> torch.Tensor:
-            projection, visual.proj = visual.proj, None  # the way open_clip itself offers
-            try:
-                return visual(batch)
-            finally:
-                visual.proj = projection
-
-    before = tower
+        width, tower = len(visual.proj), WithoutProjection(visual)
     if dim:
         model.embedding_head = EmbeddingHead(width, dim).to(encoder.device).train(model.training)
-
-        def tower(batch: torch.Tensor) -> torch.Tensor:
-            return model.embedding_head(before(batch))
-
+        tower = WithHead(tower, model.embedding_head)
     before_projection = before_projection or encoder.origin.get("before_projection", False)
     origin = encoder.origin | {"before_projection": before_projection, "head": dim}
     return gu.Encoder(encoder.name, encoder.preprocess, tower, None, encoder.device, model, origin)
 
 
 def embed_as_in_paper(encoder: gu.Encoder, one_embedding: bool = False) -> gu.Encoder:
-    """The encoder for images as GP-NNS trains and evaluates it: features before CLIP's projection, of the centre of a square
-    of 1.125 times the size, and for OpenAI's weights the mean and deviation of ImageNet's pixels instead of CLIP's.
+    """The encoder for images as GP-NNS trains and evaluates it: features before CLIP's projection of `crop_square`, and
+    for OpenAI's weights the mean and deviation of ImageNet's pixels instead of CLIP's.
 
-    one_embedding: the embedding that it shares with text, and its own mean and deviation, so that the same encoder serves
-    images and texts. One that has a head, or leaves the projection out already, keeps its features. A model without
-    weights or a known preprocessing stays as it is, and so does GP-NNS's own release, which says how.
+    one_embedding: the embedding that it shares with text, and its own mean and deviation, so that the same encoder
+    serves both. One that has a head, or leaves the projection out already, keeps its features. GP-NNS's own release
+    stays as it is, and so does what has no weights or an unknown preprocessing.
     """
     from torchvision import transforms
 
@@ -92,7 +104,14 @@ def embed_as_in_paper(encoder: gu.Encoder, one_embedding: bool = False) -> gu.En
     its_own = one_embedding or encoder.origin.get("before_projection") or encoder.origin.get("head")
     if getattr(getattr(encoder.model, "visual", None), "proj", None) is not None and not its_own:
         encoder = add_head(encoder, before_projection=True)
-    size = encoder.image_size
-    square = transforms.Resize((int(1.125 * size),) * 2, transforms.InterpolationMode.BICUBIC)
-    steps = [square, transforms.CenterCrop(size), transforms.ToTensor(), norm]
-    return replace(encoder, preprocess=transforms.Compose(steps))
+    preprocess = crop_square(encoder.image_size, norm.mean, norm.std, transforms.InterpolationMode.BICUBIC)
+    return replace(encoder, preprocess=preprocess)
+
+
+def crop_square(size: int, mean: Sequence[float], std: Sequence[float], interpolation) -> Callable:
+    """GP-NNS's preprocessing: the centre of a picture squeezed to a square of 1.125 times the size, (3, size, size)."""
+    from torchvision import transforms
+
+    square = transforms.Resize((int(1.125 * size),) * 2, interpolation)
+    steps = [square, transforms.CenterCrop(size), transforms.ToTensor(), transforms.Normalize(mean, std)]
+    return transforms.Compose(steps)

@@ -27,16 +27,7 @@ KAGGLE = Path("/kaggle/input")  # data sets that a Kaggle notebook was given; re
 # --- the table -------------------------------------------------------------------------------------------------------
 
 
-def read_datasets(path: Path) -> dict[str, dict]:
-    """datasets.toml as name -> entry. An entry that is `like` another takes over the fields it does not set itself."""
-    table = tomllib.loads(path.read_text(encoding="utf-8"))
-    return {
-        name: {"folder": entry.get("like", name), **table.get(entry.get("like"), {}), **entry}
-        for name, entry in table.items()
-    }
-
-
-TABLE = read_datasets(gu.DATA / "datasets.toml")
+TABLE: dict[str, dict] = tomllib.loads((gu.DATA / "datasets.toml").read_text(encoding="utf-8"))
 
 
 def list_datasets() -> list[dict]:
@@ -69,22 +60,23 @@ def list_data_folders() -> list[Path]:
 
 
 def list_places(name: str) -> list[Path]:
-    """Where the data set may lie: its folder in each of `data_folders`."""
-    return [folder / TABLE[name]["folder"] for folder in list_data_folders()]
+    """Where the data set may lie: its folder in each of `list_data_folders`."""
+    return [folder / name for folder in list_data_folders()]
 
 
 def find_dataset(name: str, split: str) -> Path | None:
     """The folder that holds what a split needs, or None; never one whose download was interrupted."""
-    markers = get_for_split(TABLE[name]["marker"], split)
+    markers = list_markers(name, split)
     for place in list_places(name):
         if not (place / f".incomplete_{split}").exists() and (folder := find_below(place, markers)):
             return folder
     return find_below(KAGGLE, markers, depth=6)
 
 
-def get_for_split(value, split: str):
-    """A field's value, or its value for this split where the table has one for each."""
-    return value[split] if isinstance(value, dict) else value
+def list_markers(name: str, split: str) -> list[list[str]]:
+    """The lists of paths of which one must exist below a folder that holds the split."""
+    markers = TABLE[name]["marker"]
+    return markers[split] if isinstance(markers, dict) else markers
 
 
 def find_below(top: Path, markers: list[list[str]], depth: int = 4) -> Path | None:
@@ -117,12 +109,13 @@ def load(source: str | Path, split: str = "test") -> gu.ImageSet:
         from gpnns.world import mini_world
 
         report = gu.Progress(0, f"drawing mini world, {split}").update
-        images = gu.ImageSet(name=f"mini {split}", **mini_world.load_split(split, gu.cache_folder(), report=report))
+        images = gu.ImageSet(
+            name=f"mini {split}", drawn=True, **mini_world.load_split(split, gu.cache_folder(), report=report)
+        )
     elif all(name in TABLE for name, _, _ in parts) and not is_own_folder(source, split):
-        images = gu.ImageSet(**load_several([(name, own or split) for name, _, own in parts]))
+        images = load_several([(name, own or split) for name, _, own in parts])
     else:
-        fields, notes = load_own_images(Path(source).expanduser(), split)
-        images = gu.ImageSet(**fields)
+        images, notes = load_own_images(Path(source).expanduser(), split)
     print(summarize(images, notes))
     return images
 
@@ -146,99 +139,93 @@ def is_own_folder(source: str | Path, split: str) -> bool:
 def summarize(images: gu.ImageSet, notes: Sequence[str] = ()) -> str:
     """One line that says what a set holds, how it was understood, and what was left out."""
 
-    def count(number: int, one: str, many: str) -> str:
-        return f"{number:,} {one if number == 1 else many}"
+    def count(number: int, noun: str) -> str:
+        return f"{number:,} {noun}{'' if number == 1 else 'es' if noun.endswith('s') else 's'}"
 
-    parts = [count(len(images), "image", "images")]
-    if images.labels is not None:
-        parts.append(count(len(np.unique(images.labels)), "class", "classes"))
-    if images.groups is not None:
-        parts.append(count(len(np.unique(images.groups)), "group", "groups"))
+    parts = [count(len(images), "image")]
+    for noun, values in (("class", images.labels), ("group", images.groups)):
+        parts += [] if values is None else [count(len(np.unique(values)), noun)]
     if images.captions is not None:
-        parts.append(count(sum(map(len, images.captions)), "caption", "captions"))
+        parts.append(count(sum(map(len, images.captions)), "caption"))
     parts += ["no labels"] if images.labels is None and images.captions is None else []
-    line = f"{images.name}: {', '.join([*parts, *notes[:1]])}"
-    for note in notes[1:]:
-        line += f"; {note}"
+    line = "; ".join([f"{images.name}: {', '.join([*parts, *notes[:1]])}", *notes[1:]])
     if images.left_out:
         more = f" and {len(images.left_out) - 3} more" if len(images.left_out) > 3 else ""
-        files = count(len(images.left_out), "file", "files")
-        line += f"; {files} left out: {', '.join(images.left_out[:3])}{more}"
+        line += f"; {count(len(images.left_out), 'file')} left out: {', '.join(images.left_out[:3])}{more}"
     return line
 
 
-def load_dataset(name: str, split: str = "test") -> dict:
-    """The fields of an ImageSet for one split of a data set, fetched first when it is nowhere and may be downloaded.
+def load_dataset(name: str, split: str = "test") -> gu.ImageSet:
+    """One split of a data set, fetched first when it is nowhere and may be downloaded.
 
     Raises ValueError for a split that does not exist and for numbers of images or classes other than the table's,
     FileNotFoundError for what must be got by hand, ConnectionError when a download fails.
     """
     rows, names = read_dataset(name, split)
-    entry, numbers = TABLE[name], None
-    wanted = [row for row in rows if row["split"] == split]
-    if "label" in wanted[0]:
+    wanted, labels = [row for row in rows if row["split"] == split], None
+    first = wanted[0]
+    if "label" in first:
         labels = [row["label"] for row in wanted]
-        if names is None:  # labels are texts: number those of the splits that share classes, in alphabetical order
-            together = {split, *(entry.get("same_classes", []) if split in entry.get("same_classes", []) else [])}
-            names = sorted({row["label"] for row in rows if row["split"] in together})
+        if isinstance(labels[0], str):  # number all classes of the splits that share them
+            shared = TABLE[name].get("same_classes", [])
+            together = shared if split in shared else [split]
+            names = names or sorted({row["label"] for row in rows if row["split"] in together})
             number = {label: i for i, label in enumerate(names)}
             labels = [number[label] for label in labels]
-        numbers = np.array(labels, dtype=np.int64)
-    check_counts(entry, split, wanted, numbers)
-    first = wanted[0]
-    return {
-        "name": f"{name} {split}",
-        "images": [row["path"] for row in wanted],
-        "labels": numbers,
-        "groups": np.array([row["group"] for row in wanted]) if "group" in first else None,
-        "captions": [row["captions"] for row in wanted] if "captions" in first else None,
-        "names": names or [],
-        "crops": np.array([row["crop"] for row in wanted], dtype=np.int64) if "crop" in first else None,
-    }
+        labels = np.array(labels, dtype=np.int64)
+    check_counts(TABLE[name], split, wanted, labels)
+    return gu.ImageSet(
+        name=f"{name} {split}",
+        images=[row["path"] for row in wanted],
+        labels=labels,
+        groups=np.array([row["group"] for row in wanted]) if "group" in first else None,
+        captions=[row["captions"] for row in wanted] if "captions" in first else None,
+        names=names or [],
+        crops=np.array([row["crop"] for row in wanted], dtype=np.int64) if "crop" in first else None,
+    )
 
 
-def load_several(parts: Sequence[tuple[str, str]]) -> dict:
-    """The fields of one ImageSet for several data sets, given as (name, split); each becomes a group of the whole.
+def load_several(parts: Sequence[tuple[str, str]]) -> gu.ImageSet:
+    """Several data sets, given as (name, split), as one; each becomes a group, and its classes stay apart from the others'.
 
     Raises ValueError when one of them has no labels, or shows only parts of its pictures.
     """
     loaded = [load_dataset(name, split) for name, split in parts]
     if len(loaded) == 1:
         return loaded[0]
-    together = " + ".join(one["name"] for one in loaded)
-    if unfit := [one["name"] for one in loaded if one["labels"] is None or one["crops"] is not None]:
+    together = " + ".join(one.name for one in loaded)
+    if unfit := [one.name for one in loaded if one.labels is None or one.crops is not None]:
         raise ValueError(f"{together}: {unfit[0]} has no labels, or crops; load it by itself")
-    begins = np.cumsum([0, *(len(one["names"]) for one in loaded)])
-    return {
-        "name": together,
-        "images": [path for one in loaded for path in one["images"]],
-        "labels": np.concatenate([one["labels"] + begin for one, begin in zip(loaded, begins, strict=False)]),
-        "groups": np.repeat([one["name"] for one in loaded], [len(one["images"]) for one in loaded]),
-        "captions": None,
-        "names": [f"{one['name']}/{name}" for one in loaded for name in one["names"]],
-        "crops": None,
-    }
+    begins = np.cumsum([0, *(len(one.names) for one in loaded[:-1])])
+    return gu.ImageSet(
+        name=together,
+        images=[path for one in loaded for path in one.images],
+        labels=np.concatenate([one.labels + begin for one, begin in zip(loaded, begins, strict=True)]),
+        groups=np.repeat([one.name for one in loaded], [len(one) for one in loaded]),
+        names=[f"{one.name}/{name}" for one in loaded for name in one.names],
+    )
 
 
-def load_own_images(source: Path, split: str) -> tuple[dict, list[str]]:
-    """The fields of an ImageSet for images of one's own, and notes on how they were understood (own_images.py)."""
+def load_own_images(source: Path, split: str) -> tuple[gu.ImageSet, list[str]]:
+    """Images of one's own, and notes on how they were understood (own_images.py)."""
     if not source.exists():
         raise FileNotFoundError(
             f"no folder or table of images at {source.absolute()}; give a path, 'mini' for the drawn world, or the name of "
             f"a data set{suggest_names(str(source), list(TABLE))}"
         )
     rows, left_out, notes = own_images.read_own_images(source, split)
-    names, numbers = np.unique([row.get("label") or "" for row in rows], return_inverse=True)
+    names, labels = np.unique([row.get("label") or "" for row in rows], return_inverse=True)
     groups, captions = [row.get("group") or "" for row in rows], [row.get("captions") or [] for row in rows]
-    return {
-        "name": text_files.to_printable(source.absolute().name if source.is_dir() else source.stem),
-        "images": [row["path"] for row in rows],
-        "labels": numbers if names.any() else None,
-        "groups": np.array(groups) if any(groups) else None,
-        "captions": captions if any(captions) else None,
-        "names": names.tolist() if names.any() else [],
-        "left_out": left_out,
-    }, notes
+    images = gu.ImageSet(
+        name=text_files.to_printable(source.absolute().name if source.is_dir() else source.stem),
+        images=[row["path"] for row in rows],
+        labels=labels if names.any() else None,
+        groups=np.array(groups) if any(groups) else None,
+        captions=captions if any(captions) else None,
+        names=names.tolist() if names.any() else [],
+        left_out=left_out,
+    )
+    return images, notes
 
 
 def read_dataset(name: str, split: str) -> tuple[list[dict], list[str] | None]:
@@ -278,8 +265,7 @@ def check_counts(entry: dict, split: str, rows: list[dict], numbers: np.ndarray 
 def load_ground_truth(name: str) -> list[dict]:
     """For each image of split "query" a dict of rows of split "gallery": "easy", "hard", "junk", as revisited_map of notebook 07 takes.
 
-    Revisited Oxford and Paris: as their authors judged. Google Landmarks: all relevant images are under "easy". Other
-    data sets with a query and a gallery split: images that share a class, under "easy", the same file under "junk".
+    Revisited Oxford and Paris: as their authors judged. Google Landmarks: all relevant images are under "easy".
     """
     entry = TABLE[name]
     if not {"query", "gallery"} <= set(entry["splits"]):
@@ -287,34 +273,10 @@ def load_ground_truth(name: str) -> list[dict]:
     if entry["layout"] == "revisited":
         truth = layouts.read_revisited(find_dataset(name, "query") or fetch_dataset(name, "query"), entry)["gnd"]
         return [{key: np.atleast_1d(np.asarray(one[key], dtype=np.int64)) for key in layouts.TRUTH} for one in truth]
-    queries = [row for row in read_dataset(name, "query")[0] if row["split"] == "query"]
-    gallery = [row for row in read_dataset(name, "gallery")[0] if row["split"] == "gallery"]
-    rows_of: dict = {}  # what makes an image relevant -> rows of the gallery: its name for Google Landmarks, else its class
-    for i, row in enumerate(gallery):
-        keys = [Path(row["path"]).stem] if entry["layout"] == "gldv2" else row.get("labels", [row["label"]])
-        for key in keys:
-            rows_of.setdefault(key, []).append(i)
-    file_row = {str(row["path"]): i for i, row in enumerate(gallery)}
-    truth = []
-    for row in queries:
-        own = file_row.get(str(row["path"]))
-        wanted = {i for key in row.get("relevant", row.get("labels", [row["label"]])) for i in rows_of.get(key, [])}
-        easy, junk = sorted(wanted - {own}), [] if own is None else [own]
-        truth.append(
-            dict(zip(layouts.TRUTH, (np.array(part, dtype=np.int64) for part in (easy, [], junk)), strict=True))
-        )
-    return truth
-
-
-def map_objectnet_to_imagenet() -> dict[str, list[int]]:
-    """Class of ObjectNet -> numbers of the ImageNet classes that count as right, for the 113 that both have."""
-    folder = (find_dataset("objectnet", "test") or fetch_dataset("objectnet", "test")) / "mappings"
-    texts = [line.strip() for line in (folder / "imagenet_to_label_2012_v2").read_text(encoding="utf-8").splitlines()]
-    number = {
-        int(line): int(i) for i, line in text_files.read_json(folder / "pytorch_to_imagenet_2012_id.json").items()
-    }
-    both = text_files.read_json(folder / "objectnet_to_imagenet_1k.json")
-    return {name: [number[texts.index(text) + 1] for text in same.split("; ")] for name, same in both.items()}
+    row_of = {Path(row["path"]).stem: i for i, row in enumerate(read_dataset(name, "gallery")[0])}
+    wanted = [{row_of[image] for image in row["relevant"] if image in row_of} for row in read_dataset(name, "query")[0]]
+    none = np.empty(0, dtype=np.int64)
+    return [{"easy": np.array(sorted(rows), dtype=np.int64), "hard": none, "junk": none} for rows in wanted]
 
 
 def suggest_names(name: str, known: Sequence[str]) -> str:
@@ -332,46 +294,47 @@ def fetch_dataset(name: str, split: str) -> Path:
     FileNotFoundError says what must be got by hand and where to put it. Files that are there already stay as they are;
     one that lies in another, perhaps read-only, folder is linked.
     """
-    entry = TABLE[name]
-    target = find_writable_place(name)
-    todo = []
+    entry, target, todo = TABLE[name], find_writable_place(name), []
     for file in list_files_for(entry, split):
-        for place in (p for p in list_places(name) if not (target / file["gives"]).exists()):
-            if (place / file["gives"]).exists():
-                (target / file["gives"]).parent.mkdir(parents=True, exist_ok=True)
-                (target / file["gives"]).symlink_to((place / file["gives"]).absolute())
-        if not (target / file["gives"]).exists():
-            around = Path(file["gives"]).parent / file["name"]  # index/images_000.tar: three splits use this name
-            packed = [place / path for place in list_places(name) for path in (around, file["name"])]
-            todo.append(file | {"packed": next((path for path in packed if path.is_file()), None)})
-    by_hand = [file for file in todo if file["packed"] is None and "url" not in file]
+        ready = target / file["gives"]
+        if ready.exists():
+            continue
+        if there := find_file(name, file["gives"]):
+            ready.parent.mkdir(parents=True, exist_ok=True)
+            ready.symlink_to(there)
+        else:  # index/images_000.tar is looked for first: three splits use this name
+            around = str(Path(file["gives"]).parent / file["name"])
+            todo.append((file, ready, find_file(name, around, file["name"])))
+    by_hand = [file for file, _, packed in todo if packed is None and "url" not in file]
     note = target / f".incomplete_{split}"  # half of a data set must not be taken for all of it after a break
     if by_hand or not (todo or note.exists()):
         raise FileNotFoundError(explain_by_hand(name, split, by_hand, target))
     note.touch()
-    wanted = [file for file in todo if file["packed"] is None]
-    if wanted:
+    if wanted := [file for file, _, packed in todo if packed is None]:
         terms = f" Licence: {entry['licence']}." if "licence" in entry else ""
         print(f"{entry['title']} was not found: downloading {join_names(wanted)} to {target}.{terms}", file=sys.stderr)
-    for file in todo:
-        packed = file["packed"] or downloads.download(
-            file["url"], target / Path(file["gives"]).parent / file["name"], file.get("size"), file.get("md5")
-        )
-        if file["packed"] is not None:
-            downloads.check_file(packed, file.get("size"), file.get("md5"))
+    for file, ready, packed in todo:
+        known = file.get("size"), file.get("md5")
+        if packed:
+            downloads.check_file(packed, *known)
+        archive = packed or downloads.download(file["url"], ready.with_name(file["name"]), *known)
         if downloads.is_archive(file["name"]):
-            downloads.unpack_archive(packed, target / file["gives"], file.get("nested", False))
-            if file["packed"] is None:
-                packed.unlink()  # it would take the same room again; one that was put there by hand stays
-        elif file["packed"] is not None:
-            (target / file["gives"]).symlink_to(packed.absolute())
+            downloads.unpack_archive(archive, ready, file.get("nested", False))
+            if not packed:
+                archive.unlink()  # it would take the same room again; one that was put there by hand stays
     note.unlink()
     if folder := find_dataset(name, split):
         return folder
     raise ValueError(
-        f"{entry['title']}: {target} holds all files, but not {' or '.join(map(' and '.join, get_for_split(entry['marker'], split)))}; "
+        f"{entry['title']}: {target} holds all files, but not {' or '.join(map(' and '.join, list_markers(name, split)))}; "
         f"remove the folder and run again, or arrange the files as data/README.md says"
     )
+
+
+def find_file(name: str, *paths: str) -> Path | None:
+    """The first file or folder of one of these relative paths in the places of a data set, or None."""
+    found = (place / path for place in list_places(name) for path in paths)
+    return next((path.absolute() for path in found if path.exists()), None)
 
 
 def list_files_for(entry: dict, split: str) -> Iterator[dict]:
@@ -385,7 +348,7 @@ def list_files_for(entry: dict, split: str) -> Iterator[dict]:
 
 
 def find_writable_place(name: str) -> Path:
-    """The data set's folder in the first of `data_folders` that can be written to; made when it is not there."""
+    """The data set's folder in the first of `list_data_folders` that can be written to; made when it is not there."""
     for place in list_places(name):
         try:
             place.mkdir(parents=True, exist_ok=True)
@@ -407,8 +370,8 @@ def explain_by_hand(name: str, split: str, files: list[dict], target: Path) -> s
     """What to get, from where, and where to put it."""
     entry = TABLE[name]
     how = f" ({entry['get']})" if "get" in entry else ""
-    layouts = " or ".join(" and ".join(paths) for paths in get_for_split(entry["marker"], split))
+    arranged = " or ".join(" and ".join(paths) for paths in list_markers(name, split))
     return (
         f"{entry['title']} was not found in {', '.join(map(str, list_places(name)))} and cannot be downloaded without you. "
-        f"Get {join_names(files) or 'it'} from {entry['home']}{how} and put it into {target}, packed or as {layouts}"
+        f"Get {join_names(files) or 'it'} from {entry['home']}{how} and put it into {target}, packed or as {arranged}"
     )

@@ -27,16 +27,16 @@ class DecodedImages(Dataset):
 
 
 def stack_readable(items: list[torch.Tensor | None]) -> tuple[int, list[int], np.ndarray]:
-    """A batch of `Decoded`: its size, which of its images were readable, and those as one array."""
+    """A batch of `DecodedImages`: its size, which of its images were readable, and those as one array."""
     readable = [i for i, item in enumerate(items) if item is not None]
     pixels = torch.stack([items[i] for i in readable]) if readable else torch.empty(0)
     pixels = pixels.float() if pixels.dtype == torch.bfloat16 else pixels  # which numpy does not know
     return len(items), readable, pixels.numpy()
 
 
-def count_decoders(images: ImageSet) -> int:
-    """How many processes should decode: none for arrays and for a handful of files."""
-    return 0 if isinstance(images.images, np.ndarray) or len(images) < 64 else min(8, os.cpu_count() or 1)
+def count_decoders(images: ImageSet, count: int) -> int:
+    """How many processes should decode `count` of the images: none for arrays and for a handful of files."""
+    return 0 if isinstance(images.images, np.ndarray) or count < 64 else min(8, os.cpu_count() or 1)
 
 
 def read_in_workers(dataset: Dataset, batches: Iterable, workers: int, collate: Callable) -> Iterator:

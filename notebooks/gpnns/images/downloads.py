@@ -145,8 +145,8 @@ def is_archive(name: str) -> bool:
 def unpack_archive(archive: Path, target: Path, nested: bool = False) -> None:
     """Unpack a tar or zip archive so that `target` appears at once and complete; `nested`: the tars in it too.
 
-    Where the archive holds something named like `target` at its top, that becomes `target`, else all of it. ValueError,
-    with nothing written, for an archive that is damaged or tries to write elsewhere: absolute paths, `..`, links.
+    Where the archive holds something named like `target` at its top, that becomes `target`, else all of it. With nothing
+    written: ValueError for an archive that is damaged, or leads outside its folder; OSError where the disk has no room.
     """
     if not archive.is_file():
         raise FileNotFoundError(f"there is no archive {archive}")
@@ -171,13 +171,12 @@ def unpack_archive(archive: Path, target: Path, nested: bool = False) -> None:
 
 
 def extract_members(archive: Path, folder: Path) -> None:
-    """Unpack every file of a tar or zip archive. ValueError for a name that leads outside: the standard library, which
-    does the work, would take the file in under another name; and before more is written than such a file can hold."""
+    """Unpack every file of a tar or zip archive. The standard library refuses links that lead outside the folder."""
     progress = gu.Progress(max(get_file_size(archive) // 2**20, 1), f"unpacking {archive.name}", "MB")
     with open(archive, "rb") as raw:
         if zipfile.is_zipfile(raw):
             with zipfile.ZipFile(raw) as packed:
-                check_room(archive, folder, sum(member.file_size for member in packed.infolist()))
+                check_room(folder, sum(member.file_size for member in packed.infolist()))
                 for member in packed.infolist():
                     check_member(archive, member.filename, stat.S_ISLNK(member.external_attr >> 16))
                     packed.extract(member, folder)
@@ -185,37 +184,28 @@ def extract_members(archive: Path, folder: Path) -> None:
             return
         raw.seek(0)
         with tarfile.open(fileobj=raw, mode="r:*") as packed:
-            packed.extraction_filter = getattr(tarfile, "data_filter", lambda member, _: member)  # since Python 3.11.4
-            total = 0
+            check_room(folder, get_file_size(archive))  # pictures become hardly smaller when they are packed
+            packed.extraction_filter = getattr(
+                tarfile, "data_filter", None
+            )  # since Python 3.11.4; before, no links at all
             for member in packed:
-                total += member.size
-                check_room(archive, folder, total, written=total - member.size)
-                check_member(archive, member.name, not (member.isfile() or member.isdir()))
+                plain = packed.extraction_filter or member.isfile() or member.isdir()
+                check_member(archive, member.name, not plain)
                 packed.extract(member, folder)
                 progress.update(raw.tell() // 2**20)
 
 
-def check_room(archive: Path, folder: Path, total: int, written: int = 0) -> None:
-    """ValueError for an archive that unpacks to far more bytes than pictures and lists could (a "bomb"), OSError where
-    the disk has no room for the rest of its `total` bytes."""
-    if total > max(BOMB * get_file_size(archive), 100e6):
-        raise ValueError(
-            f"{archive} ({get_file_size(archive) / 1e6:,.1f} MB) would unpack to {total / 1e6:,.0f} MB or more, which no archive of "
-            "images does; nothing of it was kept. Get it from its home page again, or unpack it yourself if you trust it"
-        )
+def check_room(folder: Path, size: int) -> None:
+    """OSError where the disk of `folder` has no room for `size` bytes."""
     free = shutil.disk_usage(folder).free
-    if total - written > free:
-        raise OSError(
-            errno.ENOSPC, f"it unpacks to {total / 1e6:,.0f} MB, and {folder.parent} has {free / 1e6:,.0f} MB free"
-        )
+    if size > free:
+        needs = f"it unpacks to {size / 1e6:,.0f} MB, and {folder.parent} has {free / 1e6:,.0f} MB free"
+        raise OSError(errno.ENOSPC, needs)
 
 
-BOMB = 200  # times: zip and gzip make an empty page 1,000 times smaller, JPEG files not at all, lists 20 times
-
-
-def check_member(archive: Path, name: str, special: bool) -> None:
-    """Raise ValueError for a member that could end up outside the folder: no data set needs one."""
+def check_member(archive: Path, name: str, is_link: bool) -> None:
+    """ValueError for a path outside the folder, which would be unpacked under another name, and for a link that cannot be."""
     parts = PurePosixPath(name.replace("\\", "/"))
-    if special or parts.is_absolute() or PureWindowsPath(name).drive or ".." in parts.parts or "\0" in name:
-        kind = "a link or device" if special else "a path outside its folder"
+    if is_link or parts.is_absolute() or PureWindowsPath(name).drive or ".." in parts.parts or "\0" in name:
+        kind = "a link or device" if is_link else "a path outside its folder"
         raise ValueError(f"{archive} holds {name!r}, {kind}: it is not unpacked. Get it from the data set's home page")

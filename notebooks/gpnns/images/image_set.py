@@ -8,6 +8,7 @@ the set -> what a set says -> opening a file
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import io
 import os
@@ -27,14 +28,7 @@ from gpnns.images import text_files
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 NO_LABELS = "has no labels: put each class into a folder of its own, or add a column 'label'"
-PER_IMAGE = (
-    "images",
-    "labels",
-    "groups",
-    "captions",
-    "crops",
-    "rows",
-)  # the fields of an ImageSet with one entry per image
+PER_IMAGE = ("images", "labels", "groups", "captions", "crops", "rows")  # the fields with one entry for each image
 
 
 @dataclass
@@ -45,7 +39,8 @@ class ImageSet:
     names. captions: n lists of strings (a single string is taken as a list of one). names: class number -> readable
     name. left_out: files that could not be read, each with the reason. crops: int (n, 4), the part that counts of each
     picture file: left, top, right, bottom in pixels; a right or bottom below 1 counts from the other edge. rows: int64 (n,),
-    which row of the first, whole set each image was: embeddings from before and after `leave_out` are matched by them.
+    which row of the first, whole set each image was: what belongs to a set and to a part of it is matched by them. drawn:
+    whether these are the mini world's, which brings splits, captions and names of its own.
 
     Raises ValueError for fields that do not belong together.
     """
@@ -59,6 +54,7 @@ class ImageSet:
     left_out: list[str] = field(default_factory=list)
     crops: np.ndarray | None = None
     rows: np.ndarray | None = None
+    drawn: bool = False
 
     def __post_init__(self):
         if isinstance(self.images, (str, Path)):
@@ -114,13 +110,7 @@ class ImageSet:
 
     def subset(self, rows: Sequence[int] | np.ndarray) -> ImageSet:
         """The images of `rows` (numbers, or a boolean mask) as a new set. ValueError for rows that are not there."""
-        rows = np.asarray(rows, dtype=None if len(rows) else int)
-        if rows.dtype == bool and len(rows) == len(self):
-            rows = np.flatnonzero(rows)
-        if rows.ndim != 1 or rows.dtype.kind not in "iu":
-            raise ValueError(f"{self.name}: rows are numbers, or a mask of {len(self)}, not {rows.dtype} {rows.shape}")
-        if wrong := [row for row in rows.tolist() if not 0 <= row < len(self)]:
-            raise ValueError(f"{self.name}: {wrong[0]} is no row of {len(self)}")
+        rows = check_rows(rows, len(self), "rows", repeats=True)
         parts = {part: values for part in PER_IMAGE if (values := getattr(self, part)) is not None}
         parts = {k: v[rows] if isinstance(v, np.ndarray) else [v[i] for i in rows] for k, v in parts.items()}
         return replace(self, **parts, left_out=list(self.left_out))
@@ -128,40 +118,115 @@ class ImageSet:
     def digest(self, row: int) -> bytes:
         """A hash of an image's content (file bytes or pixels); of its path when the file cannot be opened."""
         image = self.images[row]
+        if isinstance(self.images, np.ndarray):
+            return hash_bytes(image.tobytes() + str(image.shape).encode())
         try:
-            if isinstance(self.images, np.ndarray):
-                content = image.tobytes() + str(image.shape).encode()
-            else:
-                check_regular_file(image)
-                crop = "" if self.crops is None else repr(self.crops[row].tolist())
-                content = Path(image).read_bytes() + crop.encode()
+            check_regular_file(image)
+            found, crop = os.stat(image), "" if self.crops is None else repr(self.crops[row].tolist())
+            return digest_file(str(image), crop, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
         except (OSError, ValueError):
-            content = b"unreadable " + os.fsencode(image)
-        return hashlib.blake2b(content, digest_size=16).digest()
+            return hash_bytes(b"unreadable " + os.fsencode(image))
 
-    def digests(self) -> list[bytes]:
-        """`digest` of every image. Files are read by several threads: a disk, or a network, answers many at once."""
+    def digests(self, report: Callable[[int], None] = lambda done: None) -> list[bytes]:
+        """`digest` of every image. Files are read by several threads: a disk, or a network, answers many at once.
+        `report(done)` is called now and then."""
+        found = []
         with ThreadPoolExecutor(8) as pool:
-            return list(pool.map(self.digest, range(len(self))))
+            for first in range(0, len(self), 1024):
+                found += pool.map(self.digest, range(first, min(first + 1024, len(self))))
+                report(len(found))
+        return found
 
-    def leave_out(self, rows: np.ndarray, why: str = "cannot be read") -> None:
-        """Take out images that cannot be used, and say so once: in `left_out`, and in a warning."""
-        reasons = []
-        for row in rows:
-            try:
-                self[row]
-                reasons.append(self.describe(row))
-            except Exception as error:
-                reasons.append(f"{self.describe(row)} ({type(error).__name__})")
-        total = len(self)
-        if len(rows) == total:
-            raise ValueError(f"{self.name}: all {total} images {why}; the first is {reasons[0]}")
-        kept = self.subset(np.setdiff1d(np.arange(total), rows))
-        for part in PER_IMAGE:
-            setattr(self, part, getattr(kept, part))
-        self.left_out += reasons
-        shown = ", ".join(reasons[:5]) + (f" and {len(reasons) - 5} more" if len(reasons) > 5 else "")
-        warnings.warn(f"{self.name}: {len(rows)} of {total} images {why} and are left out: {shown}", stacklevel=3)
+    def leave_out(self, reasons: dict[str, np.ndarray]) -> ImageSet:
+        """A set without the images that cannot be used; reasons: why -> bool (n,). Says so once: in its `left_out`, and in a
+        warning for each reason. ValueError when no image would be left."""
+        gone, total = np.any(list(reasons.values()), axis=0), len(self)
+        kept = self.subset(~gone)
+        for why, marked in reasons.items():
+            names = [self.describe(row) + self.explain_unreadable(row) for row in np.flatnonzero(marked)]
+            if names and gone.all():
+                raise ValueError(f"{self.name}: all {total} images {why}; the first is {names[0]}")
+            kept.left_out += names
+            shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+            if names:
+                message = f"{self.name}: {len(names)} of {total} images {why} and are left out: {shown}"
+                warnings.warn(message, stacklevel=3)
+        return kept
+
+    def explain_unreadable(self, row: int) -> str:
+        """The kind of error that an image leads to, in brackets; "" for one that can be read."""
+        try:
+            self[row]
+        except Exception as error:  # a decoder may raise anything on broken data
+            return f" ({type(error).__name__})"
+        return ""
+
+
+def check_rows(
+    rows: Sequence[int] | np.ndarray, size: int, what: str, none: bool = False, repeats: bool = False
+) -> np.ndarray:
+    """Rows of something that has `size` of them, given as numbers or as a boolean mask; with `none`, -1 stands for no row.
+
+    ValueError for anything else, where numpy would count -1 from the end, cut 2.7 to 2 and, unless rows may repeat, take a
+    mask of whole numbers for rows.
+    """
+    rows = np.asarray(rows)
+    if rows.dtype == bool and rows.shape == (size,):
+        return np.flatnonzero(rows)
+    if rows.shape == (0,):
+        return np.empty(0, dtype=np.int64)
+    if rows.ndim != 1 or rows.dtype.kind not in "iu":
+        raise ValueError(f"{what} must be row numbers, or a mask of {size} entries, not {rows.dtype} {rows.shape}")
+    if not repeats and len(rows) == size > 2 and 0 <= rows.min() <= rows.max() <= 1:
+        raise ValueError(f"{what}: {size} zeros and ones seem to be a mask; give it as booleans, mask.astype(bool)")
+    if (wrong := rows[(rows < -none) | (rows >= size)]).size:
+        raise ValueError(f"{what} hold {wrong[0]}, which is no row of {size}; leave out what is not there")
+    return rows[rows >= 0] if none else rows
+
+
+@functools.lru_cache(2**20)
+def digest_file(path: str, crop: str, size: int, changed: int, touched: int) -> bytes:
+    """The hash of a file's bytes and crop, read once for each state of the file."""
+    return hash_bytes(Path(path).read_bytes() + crop.encode())
+
+
+def hash_bytes(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=16).digest()
+
+
+def concat(sets: Sequence[ImageSet], name: str = "", groups: Sequence[str] | None = None) -> ImageSet:
+    """Several sets as one. Classes of equal names are one class: numbers stay where all sets have the same names, and else
+    follow the names in alphabetical order. groups: one for all images of each set; None keeps those that all sets have.
+    Labels are kept where all sets have them, captions where any has."""
+    first, same_names = sets[0], all(one.names == sets[0].names for one in sets)
+    names, labels, crops, captions = list(first.names), None, None, None
+    if all(one.labels is not None for one in sets):
+        labels = np.concatenate([one.labels for one in sets])
+        if not same_names:
+            called = [one.names[label] for one in sets for label in one.labels]
+            found, labels = np.unique(called, return_inverse=True)
+            names = found.tolist()
+    if groups is not None:
+        groups = np.repeat(groups, [len(one) for one in sets])
+    elif all(one.groups is not None for one in sets):
+        groups = np.concatenate([one.groups for one in sets])
+    if any(one.crops is not None for one in sets):
+        whole = [np.zeros((len(one), 4), np.int64) if one.crops is None else one.crops for one in sets]
+        crops = np.concatenate(whole)
+    if any(one.captions is not None for one in sets):
+        captions = [texts for one in sets for texts in one.captions or [[]] * len(one)]
+    arrays = all(isinstance(one.images, np.ndarray) for one in sets)
+    return ImageSet(
+        name or " and ".join(dict.fromkeys(one.name for one in sets)),
+        np.concatenate([one.images for one in sets]) if arrays else [path for one in sets for path in one.images],
+        labels=labels,
+        groups=groups,
+        captions=captions,
+        names=names if labels is not None else [],
+        left_out=list(dict.fromkeys(file for one in sets for file in one.left_out)),
+        crops=crops,
+        drawn=all(one.drawn for one in sets),
+    )
 
 
 def text_queries(images: ImageSet) -> tuple[list[str], list[np.ndarray]]:
@@ -248,8 +313,6 @@ def check_regular_file(path: Path) -> None:
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise ValueError(f"{path} is no regular file")
 
-
-# --- reading with several processes ----------------------------------------------------------------------------------
 
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # errors of a machine short of file handles or memory
 

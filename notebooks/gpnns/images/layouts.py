@@ -3,7 +3,8 @@
 A layout that no reader understands yet is one more function in READERS, named by `layout` in data/datasets.toml.
 read_*(folder, split, entry) -> (rows, names). A row: path, split, and what is known of label, group, captions, crop
 (left, top, right, bottom; a right or bottom below 1 counts from the other edge). Either names is None and labels are
-readable texts, or labels are numbers and names lists all classes.
+readable texts, or names lists all classes and labels are their numbers or names. Rows of other splits may be among them: splits that
+share their classes number them together, and what another split lists is not called unknown.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import csv
 import os
 import pickle
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,15 +21,15 @@ import numpy as np
 from gpnns.images import own_images, text_files, walking
 
 
-def check_listed(rows: list[dict], split: str, entry: dict) -> None:
-    """Compare a data set's lists with its files. ValueError when listed images are missing, a warning for others.
+def check_listed(rows: list[dict], split: str, entry: dict) -> list[dict]:
+    """The rows, after a look whether the files below the folder of the split's images are those that lists name.
 
-    rows: of every split whose images lie together, so that an image of another split is not called unknown.
+    ValueError when listed images are missing; a warning for files that are in no list, but for `unlisted` of the entry.
     """
-    top = find_common_folder(rows)
+    wanted = [row for row in rows if row["split"] == split]
+    top = find_common_folder(wanted)
     found = {str(path) for path in walking.list_images_below(top)}
-    wanted = [str(row["path"]) for row in rows if row["split"] == split]
-    if missing := [path for path in wanted if path not in found]:
+    if missing := [path for row in wanted if (path := str(row["path"])) not in found]:
         raise ValueError(
             f"{entry['title']}, {split}: expected {len(wanted):,} images and found {len(wanted) - len(missing):,} below {top}; "
             f"{missing[0]} is missing. Unpack its archive again"
@@ -41,6 +42,7 @@ def check_listed(rows: list[dict], split: str, entry: dict) -> None:
             f"{len(unlisted):,}{example}; they are left out",
             stacklevel=6,
         )
+    return rows
 
 
 def find_common_folder(rows: list[dict]) -> Path:
@@ -51,10 +53,7 @@ def find_common_folder(rows: list[dict]) -> Path:
 TRUTH = ("easy", "hard", "junk")
 
 
-# --- layouts ---------------------------------------------------------------------------------------------------------
-# read_*(folder, split, entry) -> (rows, names). A row: path, split, and what is known of label, group, captions, crop
-# (left, top, right, bottom; a right or bottom below 1 counts from the other edge). Either names is None and labels are
-# readable texts, or labels are numbers and names lists all classes.
+# --- how lists are read ----------------------------------------------------------------------------------------------
 
 
 def read_lines(path: Path) -> list[list[str]]:
@@ -83,27 +82,40 @@ def find_first(folder: Path, *paths: str) -> Path:
     return next((folder / path for path in paths if (folder / path).exists()), folder / paths[0])
 
 
+def list_by_folder(
+    top: Path, split: str, entry: dict, find_label: Callable[[str], int | str | None], like: str
+) -> list[dict]:
+    """The images of a folder for each class. ValueError for a folder of whose name `find_label` makes None."""
+    rows = []
+    for sub in walking.list_subfolders(top):
+        if (label := find_label(sub.name)) is None:
+            raise ValueError(f"{entry['title']}: {sub} is not named like {like}")
+        rows += [{"path": path, "split": split, "label": label} for path in walking.list_images(sub)]
+    return rows
+
+
+# --- layouts ---------------------------------------------------------------------------------------------------------
+
+
 def read_gpr1200(folder: Path, split: str, entry: dict):
     """GPR1200: `images/CLASS_name.jpg`; 200 classes for each of six domains, in this order."""
     domains = ("landmarks", "nature", "sketches", "objects", "products", "faces")
-    per_domain = entry["splits"][split][1] // len(domains)
-    texts = folder / "categoryNumber_to_text.json"
+    classes, texts, rows = entry["splits"][split][1], folder / "categoryNumber_to_text.json", []
     texts = text_files.read_json(texts) if texts.exists() else {}
-    rows = []
     for path in walking.list_images(folder / "images"):
         number = path.name.split("_")[0]
-        if not number.isdigit() or int(number) >= per_domain * len(domains):
+        if not number.isdigit() or int(number) >= classes:
             raise ValueError(f"{entry['title']}: {path} does not begin with a class number, as in 12_name.jpg")
-        rows.append({"path": path, "split": split, "label": int(number), "group": domains[int(number) // per_domain]})
+        domain = domains[int(number) * len(domains) // classes]
+        rows.append({"path": path, "split": split, "label": int(number), "group": domain})
     rows.sort(key=lambda row: (row["label"], row["path"].name))  # numbers, not texts: 2 comes before 10
-    return rows, [str(texts.get(str(i), f"class {i}")) for i in range(per_domain * len(domains))]
+    return rows, [str(texts.get(str(i), f"class {i}")) for i in range(classes)]
 
 
 def read_instre(folder: Path, split: str, entry: dict):
     """INSTRE: `INSTRE-S1/01a_canada_book/001.jpg`; every folder is a class, as GP-NNS measures it."""
-    paths = [
-        path for part in ("INSTRE-S1", "INSTRE-S2", "INSTRE-M") for path in walking.list_images_below(folder / part)
-    ]
+    parts = [folder / part for part in ("INSTRE-S1", "INSTRE-S2", "INSTRE-M")]
+    paths = [path for part in parts for path in walking.list_images_below(part)]
     return [{"path": p, "split": split, "label": p.parent.relative_to(folder).as_posix()} for p in paths], None
 
 
@@ -119,8 +131,7 @@ def read_revisited_pixels(folder: Path, split: str, entry: dict):
             if kind == "query":
                 row["crop"] = np.rint(np.ravel(truth["gnd"][i]["bbx"])).astype(np.int64)
             rows.append(row)
-    check_listed(rows, split, entry)
-    return [row for row in rows if row["split"] == split], None
+    return check_listed(rows, split, entry), None
 
 
 def read_revisited(folder: Path, entry: dict) -> dict:
@@ -160,19 +171,13 @@ class PlainPickle(pickle.Unpickler):
 
 def read_cub(folder: Path, split: str, entry: dict):
     """CUB-200-2011: numbered lists of images, classes, and the class of each image."""
-    names = dict(read_lines(folder / "classes.txt"))
-    classes = dict(read_lines(folder / "image_class_labels.txt"))
+    names, classes = (dict(read_lines(folder / name)) for name in ("classes.txt", "image_class_labels.txt"))
     rows = []
     for number, path in read_lines(folder / "images.txt"):
-        rows.append(
-            {
-                "path": folder / "images" / path,
-                "split": "train" if int(classes[number]) <= entry["train_classes"] else "test",
-                "label": names[classes[number]].split(".", 1)[-1].replace("_", " "),
-            }
-        )
-    check_listed(rows, split, entry)
-    return rows, None
+        kind = "train" if int(classes[number]) <= entry["train_classes"] else "test"
+        label = names[classes[number]].split(".", 1)[-1].replace("_", " ")
+        rows.append({"path": folder / "images" / path, "split": kind, "label": label})
+    return check_listed(rows, split, entry), None
 
 
 def read_cars(folder: Path, split: str, entry: dict):
@@ -180,10 +185,8 @@ def read_cars(folder: Path, split: str, entry: dict):
     list each; or `car_data/`, classes as folders, as pytorch-metric-learning has it."""
     if (folder / "car_ims").is_dir():
         content = read_mat(folder / "cars_annos.mat")
-        images = [
-            (folder / str(row["relative_im_path"]), row["class"]) for row in np.atleast_1d(content["annotations"])
-        ]
-        names = content["class_names"]
+        cars, names = np.atleast_1d(content["annotations"]), content["class_names"]
+        images = [(folder / str(car["relative_im_path"]), car["class"]) for car in cars]
     elif (folder / "names.csv").exists():
         names = [name.strip() for name in text_files.read_text_lines(folder / "names.csv")]
         images = [image for part in ("train", "test") for image in list_cars_by_class(folder, part)]
@@ -195,27 +198,23 @@ def read_cars(folder: Path, split: str, entry: dict):
                 f"{entry['title']}: cars_test_annos_withlabels.mat is in neither {folder} nor {devkit}; many copies lack it, "
                 "and cars_test_annos.mat has no classes. Get it, and put it into either"
             )
-        images = []
+        images, names = [], read_mat(devkit / "cars_meta.mat")["class_names"]
         for part, path in (("cars_train", devkit / "cars_train_annos.mat"), ("cars_test", tests[0])):
             top = find_first(folder, f"{part}/{part}", part)
-            images += [(top / str(row["fname"]), row["class"]) for row in np.atleast_1d(read_mat(path)["annotations"])]
-        names = read_mat(devkit / "cars_meta.mat")["class_names"]
+            images += [(top / str(car["fname"]), car["class"]) for car in np.atleast_1d(read_mat(path)["annotations"])]
     rows = []
     for path, number in images:
         kind = "train" if int(number) <= entry["train_classes"] else "test"
         rows.append({"path": path, "split": kind, "label": str(names[int(number) - 1])})
-    check_listed(rows, split, entry)
-    return rows, None
+    return check_listed(rows, split, entry), None
 
 
 def list_cars_by_class(folder: Path, part: str) -> list[tuple[Path, str]]:
     """(image, class number) of anno_train.csv or anno_test.csv, whose lines are: file, four edges of a box, class."""
     top = find_first(folder, f"car_data/car_data/{part}", f"car_data/{part}")
     paths = {path.name: path for path in walking.list_images_below(top)}
-    lines = [
-        line.strip().split(",") for line in text_files.read_text_lines(folder / f"anno_{part}.csv") if line.strip()
-    ]
-    return [(paths.get(cells[0], top / cells[0]), cells[5]) for cells in lines]
+    lines = filter(None, map(str.strip, text_files.read_text_lines(folder / f"anno_{part}.csv")))
+    return [(paths.get(file, top / file), number) for file, *_, number in (line.split(",") for line in lines)]
 
 
 def read_sop(folder: Path, split: str, entry: dict):
@@ -225,8 +224,7 @@ def read_sop(folder: Path, split: str, entry: dict):
         for _, number, _, path in read_lines(folder / f"Ebay_{kind}.txt")[1:]:
             label = f"{path.split('/')[0].removesuffix('_final').replace('_', ' ')} {int(number):05d}"
             rows.append({"path": folder / path, "split": kind, "label": label})
-    check_listed(rows, split, entry)
-    return rows, None
+    return check_listed(rows, split, entry), None
 
 
 def read_adience(folder: Path, split: str, entry: dict):
@@ -251,20 +249,18 @@ def read_flowers(folder: Path, split: str, entry: dict):
         for i in np.atleast_1d(parts[key]):
             path = folder / "jpg" / f"image_{i:05d}.jpg"
             rows.append({"path": path, "split": kind, "label": int(labels[i - 1]) - 1})
-    check_listed(rows, split, entry)
-    return rows, list(names)
+    return check_listed(rows, split, entry), list(names)
 
 
 def read_aircraft(folder: Path, split: str, entry: dict):
     """FGVC Aircraft: `data/images/1234567.jpg` and a list of image and variant for each split."""
-    names = [line.strip() for line in (folder / "data" / "variants.txt").read_text().splitlines() if line.strip()]
-    rows = []
+    top, rows = folder / "data", []
+    names = [" ".join(words) for words in read_lines(top / "variants.txt")]
     for kind, part in (("train", "train"), ("validation", "val"), ("test", "test")):
-        for image, *variant in read_lines(folder / "data" / f"images_variant_{part}.txt"):
-            path = folder / "data" / "images" / f"{image}.jpg"
-            rows.append({"path": path, "split": kind, "label": names.index(" ".join(variant))})
-    check_listed(rows, split, entry)
-    return rows, names
+        for image, *variant in read_lines(top / f"images_variant_{part}.txt"):
+            label = names.index(" ".join(variant))
+            rows.append({"path": top / "images" / f"{image}.jpg", "split": kind, "label": label})
+    return check_listed(rows, split, entry), names
 
 
 def load_imagenet_classes() -> tuple[dict[str, int], list[str]]:
@@ -280,12 +276,8 @@ def read_imagenet(folder: Path, split: str, entry: dict):
     """ImageNet and its variants: a folder per class, named by WordNet id (or class number, in V2); val also without."""
     numbers, names = load_imagenet_classes()
     top = folder / entry["folders"][split]
-    rows = []
-    for sub in walking.list_subfolders(top):
-        number = numbers.get(sub.name, int(sub.name) if sub.name.isdigit() else -1)  # "10" is class 10, not the third
-        if not 0 <= number < len(names):
-            raise ValueError(f"{entry['title']}: {sub} is not named like an ImageNet class (n01440764, or 0 to 999)")
-        rows += [{"path": path, "split": split, "label": number} for path in walking.list_images(sub)]
+    known = numbers | {str(i): i for i in range(len(names))}  # "10" is class 10, not the third
+    rows = list_by_folder(top, split, entry, known.get, "an ImageNet class (n01440764, or 0 to 999)")
     if not rows and (paths := walking.list_images(top)):
         of_image = read_validation_labels(folder, entry)
         if unknown := [path for path in paths if path.stem not in of_image]:
@@ -308,16 +300,11 @@ def read_validation_labels(folder: Path, entry: dict) -> dict[str, str]:
 
 def read_objectnet(folder: Path, split: str, entry: dict):
     """ObjectNet: `images/air_freshener/1.png`; "test" keeps the classes that ImageNet has too. The border is cut off."""
-    labels = text_files.read_json(folder / "mappings" / "folder_to_objectnet_label.json")
+    label_file = "mappings/folder_to_objectnet_label.json"
+    labels = text_files.read_json(folder / label_file)
     both = text_files.read_json(folder / "mappings" / "objectnet_to_imagenet_1k.json")
-    rows = []
-    for sub in walking.list_subfolders(folder / "images"):
-        if sub.name not in labels:
-            raise ValueError(f"{entry['title']}: {sub} is not in mappings/folder_to_objectnet_label.json")
-        if split == "all" or labels[sub.name] in both:
-            same = {"split": split, "label": labels[sub.name], "crop": entry["crop"]}
-            rows += [{"path": path} | same for path in walking.list_images(sub)]
-    return rows, None
+    rows = list_by_folder(folder / "images", split, entry, labels.get, f"one in {label_file}")
+    return [row | {"crop": entry["crop"]} for row in rows if split == "all" or row["label"] in both], None
 
 
 def read_karpathy(folder: Path, split: str, entry: dict):
@@ -325,21 +312,16 @@ def read_karpathy(folder: Path, split: str, entry: dict):
     the lists of one split each that CLIP_benchmark makes of it."""
     own_list = folder / entry["list_of_split"].format({"validation": "val"}.get(split, split))
     whole = find_first(folder, entry["list"], f"caption_datasets/{entry['list']}")
+    top = find_first(folder, *entry["folders"], ".")
     if not whole.exists() and own_list.exists():
-        rows = read_clip_benchmark_list(own_list, split, find_first(folder, *entry["folders"], "."))
-        check_listed(rows, split, entry | {"unlisted": "any"})
-        return rows, None
-    content = text_files.read_json(whole)
-    top = find_first(folder, *entry["folders"])
+        return check_listed(read_clip_benchmark_list(own_list, split, top), split, entry | {"unlisted": "any"}), None
     kinds = {part: kind for kind, parts in entry["parts"].items() for part in parts}
     rows = []
-    for image in content["images"]:
+    for image in text_files.read_json(whole)["images"]:
         captions = [" ".join(sentence["raw"].split()) for sentence in image["sentences"][:5]]
         path = top / image.get("filepath", "") / image["filename"]
         rows.append({"path": path, "split": kinds[image["split"]], "captions": captions})
-    parents = {os.path.dirname(row["path"]) for row in rows if row["split"] == split}
-    check_listed([row for row in rows if os.path.dirname(row["path"]) in parents], split, entry)
-    return rows, None
+    return check_listed(rows, split, entry), None
 
 
 def read_clip_benchmark_list(path: Path, split: str, top: Path) -> list[dict]:
@@ -361,50 +343,31 @@ def read_clip_benchmark_list(path: Path, split: str, top: Path) -> list[dict]:
     return [{"path": top / name, "split": split, "captions": texts[:5]} for name, texts in captions.items()]
 
 
-def read_in_shop(folder: Path, split: str, entry: dict):
-    """In-Shop: `img/WOMEN/Dresses/id_00000002/02_1_front.jpg` and one list of image, item and split; or `img_highres/`,
-    the same pictures in large, as OML has them."""
-    lines = read_lines(find_first(folder, "list_eval_partition.txt", "Eval/list_eval_partition.txt"))
-    top = find_first(folder, "img", "Img/img", "img_highres", "Img/img_highres")
-    rows = [{"path": top / path.removeprefix("img/"), "split": kind, "label": item} for path, item, kind in lines[2:]]
-    if len(rows) != int(lines[0][0]):
-        raise ValueError(
-            f"{entry['title']}: the list says {int(lines[0][0]):,} images and has {len(rows):,}; get it again"
-        )
-    check_listed(rows, split, entry)
-    return rows, None
-
-
 def read_gldv2(folder: Path, split: str, entry: dict):
     """Google Landmarks v2: `train/a/b/c/abc....jpg`, one .csv for each split. Queries without a landmark are left out."""
     top = folder / {"query": "test", "gallery": "index"}.get(split, "train")
-    paths = {path.stem: path for path in walking.list_images_below(top)}
-
-    def row(image: str, landmark: str) -> dict:
-        path = paths.get(image, top / image[0] / image[1] / image[2] / f"{image}.jpg")
-        return {"path": path, "split": split, "label": f"landmark {int(landmark):06d}"}
-
-    rows, names = [], None
+    names, relevant = None, {}
     if split in ("query", "gallery"):  # both number all landmarks of the index
         landmark = {line["id"]: line["landmark_id"] for line in read_csv(folder / "index_image_to_landmark.csv")}
         names = [f"landmark {number:06d}" for number in sorted({int(number) for number in landmark.values()})]
-    if split == "gallery":
-        rows = [row(image, number) for image, number in landmark.items()]
-    elif split == "query":
+        listed = list(landmark.items())
+    if split == "query":
         for line in read_csv(folder / "retrieval_solution_v2.1.csv"):
             if line["Usage"] != "Ignored" and line["images"] not in ("", "None"):
-                relevant = line["images"].split()
-                rows.append(row(line["id"], landmark[relevant[0]]) | {"relevant": relevant})
+                relevant[line["id"]] = line["images"].split()
+        listed = [(image, landmark[found[0]]) for image, found in relevant.items()]
     elif split == "train" and (folder / "train_clean.csv").exists():
-        for line in read_csv(folder / "train_clean.csv"):
-            rows += [row(image, line["landmark_id"]) for image in line["images"].split()]
-    else:  # on Kaggle train.csv is the clean list already
-        rows = [row(line["id"], line["landmark_id"]) for line in read_csv(folder / "train.csv")]
-    check_listed(rows, split, entry)
-    if names is not None:
-        number = {name: i for i, name in enumerate(names)}
-        rows = [one | {"label": number[one["label"]]} for one in rows]
-    return rows, names
+        lines = read_csv(folder / "train_clean.csv")
+        listed = [(image, line["landmark_id"]) for line in lines for image in line["images"].split()]
+    elif names is None:  # on Kaggle train.csv is the clean list already
+        listed = [(line["id"], line["landmark_id"]) for line in read_csv(folder / "train.csv")]
+    paths = {path.stem: path for path in walking.list_images_below(top)}
+    rows = []
+    for image, number in listed:
+        path = paths.get(image, top / image[0] / image[1] / image[2] / f"{image}.jpg")
+        row = {"path": path, "split": split, "label": f"landmark {int(number):06d}"}
+        rows.append(row | {"relevant": relevant.get(image, [])})
+    return check_listed(rows, split, entry), names
 
 
 def read_products10k(folder: Path, split: str, entry: dict):
@@ -414,58 +377,20 @@ def read_products10k(folder: Path, split: str, entry: dict):
         for line in read_csv(folder / table):
             label = f"product {int(line['class']):05d}"
             rows.append({"path": folder / kind / line["name"], "split": kind, "label": label})
-    check_listed([row for row in rows if row["split"] == split], split, entry)
-    return rows, None
-
-
-def read_inaturalist2018(folder: Path, split: str, entry: dict):
-    """iNaturalist 2018: `train_val2018/Aves/1234/abc.jpg`, with a .json of images and annotations for each split."""
-    rows, names = [], {}
-    for kind, part in (("train", "train2018.json"), ("test", "val2018.json")):
-        content = text_files.read_json(folder / part)
-        names |= {category["id"]: str(category["name"]) for category in content["categories"]}
-        classes = {one["image_id"]: one["category_id"] for one in content["annotations"]}
-        for image in content["images"]:
-            rows.append({"path": folder / image["file_name"], "split": kind, "label": classes[image["id"]]})
-    check_listed(rows, split, entry)
-    return rows, [names.get(i, f"class {i}") for i in range(max(names, default=-1) + 1)]
+    return check_listed(rows, split, entry), None
 
 
 def read_inaturalist2021(folder: Path, split: str, entry: dict):
     """iNaturalist 2021: a folder per species, `train/00000_Animalia_..._Genus_species/`; its number is the class."""
-    rows, names = [], {}
-    for sub in walking.list_subfolders(folder / entry["folders"][split]):
-        number, *taxonomy = sub.name.split("_")
-        if not number.isdigit():
-            raise ValueError(f"{entry['title']}: {sub} does not begin with the number of a species")
-        names[int(number)] = " ".join(taxonomy[-2:])
-        rows += [{"path": path, "split": split, "label": int(number)} for path in walking.list_images(sub)]
+
+    def find_number(name: str) -> int | None:
+        number = name.split("_")[0]
+        return int(number) if number.isdigit() else None
+
+    like = "a species (00000_Animalia_..._Genus_species)"
+    rows = list_by_folder(folder / entry["folders"][split], split, entry, find_number, like)
+    names = {row["label"]: " ".join(row["path"].parent.name.split("_")[-2:]) for row in rows}
     return rows, [names.get(i, f"class {i}") for i in range(max(names, default=-1) + 1)]
-
-
-def read_uned(folder: Path, split: str, entry: dict):
-    """UnED: `info_files/DOMAIN/SPLIT.json` lists path and class; a domain without an index searches its test images."""
-    rows = []
-    for domain in entry["domains"]:
-        lists = folder / "info_files" / domain
-        files = {"train": "train.json", "validation": "val.json", "query": "test.json", "gallery": "index.json"}
-        kinds = ("query", "gallery") if split in ("query", "gallery") else (split,)  # two that number classes together
-        for kind in kinds:
-            for image in text_files.read_json(find_first(lists, files[kind], "test.json")):
-                classes = image["class_id"] if isinstance(image["class_id"], list) else [image["class_id"]]
-                labels = [f"{domain} {int(number):06d}" for number in classes]
-                row = {"path": find_uned_path(folder / "images", image["path"]), "split": kind, "group": domain}
-                rows.append(row | {"label": labels[0], "labels": labels})
-    wanted = [row for row in rows if row["split"] == split]
-    check_listed(wanted, split, entry)
-    return rows, None
-
-
-def find_uned_path(top: Path, path: str) -> Path:
-    """An image of UnED. RP2K has Chinese names, which some unzip programs write as #U4e00: both are found."""
-    if path.isascii() or (top / path).exists():
-        return top / path
-    return top / "".join(letter if letter.isascii() else f"#U{ord(letter):04x}" for letter in path)
 
 
 READERS = {
@@ -481,10 +406,7 @@ READERS = {
     "imagenet": read_imagenet,
     "objectnet": read_objectnet,
     "karpathy": read_karpathy,
-    "in_shop": read_in_shop,
     "gldv2": read_gldv2,
     "products10k": read_products10k,
-    "inaturalist2018": read_inaturalist2018,
     "inaturalist2021": read_inaturalist2021,
-    "uned": read_uned,
 }

@@ -1,14 +1,19 @@
-"""gpnns.images.own_images"""
+"""Images of one's own: folders, tables and webdataset tars, understood as people really arrange them.
+
+read_*(...) -> (rows, files left out, each with the reason, notes on what was taken as what). A row: path, label (perhaps
+""), and what is known of group and captions.
+
+splits of folders -> folders -> captions.json -> tables -> tars -> any of them
+"""
 
 from __future__ import annotations
 
 import collections
 import csv
-import functools
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -16,7 +21,7 @@ from PIL import Image
 import gpnns_utils as gu
 from gpnns.images import downloads, text_files, walking
 
-# --- folders ---------------------------------------------------------------------------------------------------------
+# --- splits of folders -----------------------------------------------------------------------------------------------
 
 PICTURES = {  # what people mean by a picture; `readable` says which of them Pillow reads here
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".avif", ".heic",
@@ -48,6 +53,11 @@ def parse_split(name: str) -> str:
     return next((split for split, names in SPLITS.items() if name in names), "")
 
 
+def to_split(name: str) -> str:
+    """`parse_split`, or the name itself where it is none of the usual ones."""
+    return parse_split(name) or name
+
+
 def are_splits(inside: set[str]) -> bool:
     """Whether folders are splits: all, or at least two, are named like one. A class may be called "test" beside others."""
     splits = [parse_split(name) for name in inside if parse_split(name)]
@@ -59,19 +69,18 @@ def choose_split(folder: Path, inside: set[str], split: str) -> str | None:
 
     ValueError where they are others, or two mean the same.
     """
-    splits = {name: parse_split(name) for name in sorted(inside) if parse_split(name)}
-    asked = parse_split(split) or split
-    if asked not in SPLITS and split in inside:
+    if to_split(split) not in SPLITS and split in inside:
         return split
     if not are_splits(inside):
         return None
-    fitting = [name for name, meant in splits.items() if meant == asked]
+    splits = sorted(filter(parse_split, inside))
+    fitting = [name for name in splits if parse_split(name) == to_split(split)]
     if len(fitting) == 1:
         return fitting[0]
     wrong = f"both {' and '.join(fitting)}" if fitting else f"{', '.join(splits)}, but no {split}"
     raise ValueError(
         f"{folder} has {wrong}: images of several splits are not measured together. Give one of them, such as "
-        f"{folder / (fitting or list(splits))[0]}, or name the one that you mean {split}"
+        f"{folder / (fitting or splits)[0]}, or name the one that you mean {split}"
     )
 
 
@@ -102,65 +111,67 @@ def find_splits(folder: Path, files: list[Path]) -> tuple[Path, set[str], list[P
 
 def list_folders_with(paths: list[Path], folder: Path) -> set[str]:
     """The names of the subfolders in which some of the paths lie."""
-    return {
-        path.relative_to(folder).parts[0] for path in paths if path.parent != folder and path.is_relative_to(folder)
-    }
+    below = [path.relative_to(folder).parts for path in paths if path.is_relative_to(folder)]
+    return {parts[0] for parts in below if len(parts) > 1}
 
 
 def choose_shards(shards: list[Path], split: str) -> list[Path]:
     """The tars of a split where their names tell it, as in train-0000.tar; else all. ValueError when there are none."""
     splits = {path: parse_split(re.split(r"[-_.\d]", path.stem)[0]) for path in shards}
-    if not any(splits.values()):
-        return shards
-    fitting = [path for path, meant in splits.items() if meant == (parse_split(split) or split)]
-    if not fitting:
+    fitting = [path for path, meant in splits.items() if meant == to_split(split)]
+    if any(splits.values()) and not fitting:
         raise ValueError(f"{shards[0].parent} has tars of {', '.join(sorted(set(splits.values())))}, but no {split}")
-    return fitting
+    return fitting or shards
+
+
+# --- folders ---------------------------------------------------------------------------------------------------------
 
 
 def read_folder(folder: Path, split: str) -> tuple[list[dict], list[str], list[str]]:
     """The images below `folder`, with label and group from the names of its folders."""
     files, passed = walking.list_files(folder)
-    known = list_readable_suffixes()
     folder, inside, pictures = find_splits(folder, files)
-    tars = [path for path in files if get_suffix(path) == ".tar" and path not in pictures]
-    unread = f"{len(tars)} tar files beside the pictures passed over" if tars else ""
     part = choose_split(folder, inside, split)
-    top = folder / part if part else folder
-    notes = [f"split {part}" if part else "no splits"]
-    if part and (others := sorted(name for name in inside if not parse_split(name) and name != part)):
-        notes.append(f"folders beside the splits passed over: {', '.join(others)}")
-    if part and (beside := sorted(name for name in inside if name != part and parse_split(name))):
-        notes.append(f"beside it {', '.join(beside)}")
-    if part and (loose := sum(path.parent == folder for path in pictures)):
-        notes.append(f"{loose} pictures beside the splits passed over")
-    notes += [unread] if unread else []
-    notes += [f"passed over: {', '.join(passed)}"] if passed else []
+    top, notes = folder / part if part else folder, [f"split {part}" if part else "no splits"]
+    if part:
+        beside = sorted(inside - {part})
+        notes += list_names("folders beside the splits passed over:", [n for n in beside if not parse_split(n)])
+        notes += list_names("beside it", filter(parse_split, beside))
+        loose = sum(path.parent == folder for path in pictures)
+        notes += [f"{loose} pictures beside the splits passed over"] if loose else []
+    tars = sum(get_suffix(path) == ".tar" for path in files)
+    packed = tars > 0 and pictures[0].suffix.lower() == ".tar"
+    notes += [f"{tars} tar files beside the pictures passed over"] if tars and not packed else []
+    notes += list_names("passed over:", passed)
     pictures = [path for path in pictures if path.is_relative_to(top)]
-    paths = [path for path in pictures if get_suffix(path) in known]
-    left_out = [
-        f"{text_files.to_printable(p)} (this Pillow cannot read {get_suffix(p)})"
-        for p in pictures
-        if get_suffix(p) not in known
-    ]
-    if shards := [path for path in pictures if get_suffix(path) == ".tar"]:
-        rows, left_out, more = read_shards(shards if part else choose_shards(shards, split))
+    if packed:
+        rows, left_out, more = read_shards(pictures if part else choose_shards(pictures, split))
         return rows, left_out, notes + more
-    if not paths:
+    rows, left_out, known = [], [], list_readable_suffixes()
+    for path in pictures:
+        *above, label = map(text_files.to_printable, path.relative_to(top).parts[:-1] or ("",))
+        if get_suffix(path) in known:
+            rows.append({"path": path, "label": label, "group": "/".join(above)})
+        else:
+            left_out.append(f"{text_files.to_printable(path)} (this Pillow cannot read {get_suffix(path)})")
+    if not rows:
         kinds = sorted({get_suffix(path) or "no suffix" for path in files if path.is_relative_to(top)})
         found = f"found only files with {', '.join(kinds[:8])}" if kinds else "it is empty"
         raise ValueError(f"no images below {top.absolute()}: {found}; readable here: {', '.join(sorted(known))}")
-    rows = []
-    for path in paths:
-        *above, label = map(text_files.to_printable, path.relative_to(top).parts[:-1] or ("",))
-        rows.append({"path": path, "label": label, "group": "/".join(above)})
-    if {parse_split(row["label"]) for row in rows}.isdisjoint({""}) and any(row["group"] for row in rows):
+    if all(parse_split(row["label"]) for row in rows) and any(row["group"] for row in rows):
+        example = text_files.to_printable(rows[0]["path"].relative_to(top))
         raise ValueError(
-            f"{top}: the splits lie inside the classes ({text_files.to_printable(paths[0].relative_to(top))}), so every image would "
-            "belong to a class called like a split; arrange the folders as split/class/file"
+            f"{top}: the splits lie inside the classes ({example}), so every image would belong to a class called like a "
+            "split; arrange the folders as split/class/file"
         )
     bank = next((path for path in (top / "captions.json", folder / "captions.json") if path.exists()), None)
     return rows, left_out, notes + (add_captions(rows, bank, top) if bank else [])
+
+
+def list_names(what: str, names: Iterable[str]) -> list[str]:
+    """A note that ends with names; none where there are none."""
+    names = list(names)
+    return [f"{what} {', '.join(names)}"] if names else []
 
 
 # --- captions --------------------------------------------------------------------------------------------------------
@@ -184,17 +195,11 @@ def add_captions(rows: list[dict], path: Path, top: Path) -> list[str]:
             raise ValueError(f"{path}, {key!r}: {error}; give a list of texts") from error
     used, alike = set(), collections.Counter(text_files.to_printable(row["path"].name) for row in rows)
     for row in rows:
-        names = (
-            row["label"],
-            text_files.to_printable(row["path"].relative_to(top).as_posix()),
-            text_files.to_printable(row["path"].name),
-        )
-        found = [name for name in dict.fromkeys(names) if name in captions]
-        if names[2] in found and names[2] not in names[:2] and alike[names[2]] > 1:
-            raise ValueError(
-                f"{path}: {names[2]!r} names {alike[names[2]]} images; write the folder too, as in {names[1]!r}"
-            )
-        row["captions"] = [text for name in found for text in captions[name]]
+        inside, name = map(text_files.to_printable, (row["path"].relative_to(top).as_posix(), row["path"].name))
+        found = [key for key in dict.fromkeys((row["label"], inside, name)) if key in captions]
+        if name in found and name not in (row["label"], inside) and alike[name] > 1:
+            raise ValueError(f"{path}: {name!r} names {alike[name]} images; write the folder too, as in {inside!r}")
+        row["captions"] = [text for key in found for text in captions[key]]
         used.update(found)
     unused = [key for key in captions if key not in used]
     if unused and not used:
@@ -232,16 +237,15 @@ def open_table(path: Path, needs: str = "path") -> tuple[dict[str, str], list[st
     """A .csv, .tsv or .parquet table: its columns (ours -> theirs), those that are not used, and its rows with the
     number of their line, read as they are asked for. ValueError without a column `needs`, and for a damaged row."""
     header, rows = read_parquet_rows(path) if get_suffix(path) == ".parquet" else read_text_rows(path, needs)
-    columns = find_columns(header, path)
+    columns, names = find_columns(header, path), list(map(str, header))
     if needs not in columns:
-        first = ", ".join(map(str, header))[:200]
         remedy = f"name it {needs!r}"
-        if any(get_suffix(str(name)) in PICTURES for name in header):
+        if any(get_suffix(name) in PICTURES for name in names):
             remedy = "it seems to be an image already: write a line such as 'path,label' above it"
-        raise ValueError(f"{path} has no column {needs!r}; its first line holds {first or 'nothing'}; {remedy}")
-    names = list(map(str, header))
+        first = ", ".join(names)[:200] or "nothing"
+        raise ValueError(f"{path} has no column {needs!r}; its first line holds {first}; {remedy}")
 
-    def dicts() -> Iterator[tuple[int, dict]]:
+    def name_cells() -> Iterator[tuple[int, dict]]:
         for number, cells in rows:
             if len(cells) != len(names):
                 raise ValueError(
@@ -251,39 +255,28 @@ def open_table(path: Path, needs: str = "path") -> tuple[dict[str, str], list[st
             row = dict(zip(names, cells, strict=True))
             yield number, {column: row[name] for column, name in columns.items()}
 
-    return columns, [name for name in names if name not in columns.values()], dicts()
+    return columns, [name for name in names if name not in columns.values()], name_cells()
 
 
 def read_text_rows(path: Path, needs: str) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
     """Header and rows of a .csv or .tsv file."""
     lines = text_files.read_text_lines(path)
     first = next((line for line in lines if line.strip()), "").rstrip("\n")
-    betweens = ("\t",) if get_suffix(path) == ".tsv" else (",", ";", "\t", "|")
-    headers = [next(csv.reader([first], delimiter=between, skipinitialspace=True), []) for between in betweens]
-    fitting = [i for i, header in enumerate(headers) if needs in find_columns(header, path)]
-    chosen = fitting[0] if fitting else max(range(len(headers)), key=lambda i: len(headers[i]))
-    # A text of a .tsv may begin with a quotation mark, which then is one; in a .csv it must close what it opens.
-    rows = read_tab_rows(lines) if betweens[chosen] == "\t" else read_comma_rows(path, lines, betweens[chosen])
-    return headers[chosen], rows
+    betweens = "\t" if get_suffix(path) == ".tsv" else ",;\t|"
+    headers = {between: next(csv.reader([first], delimiter=between, skipinitialspace=True), []) for between in betweens}
+    between = max(headers, key=lambda one: (needs in find_columns(headers[one], path), len(headers[one])))
+    return headers[between], read_cells(path, lines, between)
 
 
-def read_tab_rows(lines: Iterator[str]) -> Iterator[tuple[int, list[str]]]:
-    for number, line in enumerate(lines, 2):
-        if line.strip():
-            yield number, [unquote(cell) for cell in line.rstrip("\n").split("\t")]
-
-
-def unquote(cell: str) -> str:
-    """A cell without the quotation marks that spreadsheets put around a text, and double inside of it."""
-    inner = cell[1:-1]
-    quoted = len(cell) > 1 and cell[0] == cell[-1] == '"' and '"' not in inner.replace('""', "")
-    return inner.replace('""', '"') if quoted else cell
-
-
-def read_comma_rows(path: Path, lines: Iterator[str], between: str) -> Iterator[tuple[int, list[str]]]:
-    reader = csv.reader(lines, delimiter=between, skipinitialspace=True, strict=True)
+def read_cells(path: Path, lines: Iterator[str], between: str) -> Iterator[tuple[int, list[str]]]:
+    """The rows below the header, each with the number of the line where it begins. ValueError for an open quotation mark."""
+    tabs = (
+        between == "\t"
+    )  # then a text may begin with a quotation mark, which is one; else it must close what it opens
+    quoting = csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL
+    reader = csv.reader(lines, delimiter=between, skipinitialspace=True, strict=True, quoting=quoting)
     while True:
-        number = reader.line_num + 2  # where this row begins; the header is line 1
+        number = reader.line_num + 2  # the header is line 1
         try:
             cells = next(reader, None)
         except csv.Error as error:
@@ -294,10 +287,17 @@ def read_comma_rows(path: Path, lines: Iterator[str], between: str) -> Iterator[
         if any(get_suffix(line.split(between)[0].strip()) in PICTURES for line in inner):
             raise ValueError(f"{path}, line {number}: a quotation mark takes in the lines after it; {CLOSED}")
         if cells:
-            yield number, cells
+            yield number, list(map(unquote, cells)) if tabs else cells
 
 
 CLOSED = 'is a quotation mark left open there? A text that holds " is written with "" in its place and " around it'
+
+
+def unquote(cell: str) -> str:
+    """A cell without the quotation marks that spreadsheets put around a text, and double inside of it."""
+    inner = cell[1:-1]
+    quoted = len(cell) > 1 and cell[0] == cell[-1] == '"' and '"' not in inner.replace('""', "")
+    return inner.replace('""', '"') if quoted else cell
 
 
 def read_parquet_rows(path: Path) -> tuple[list[str], Iterator[tuple[int, list]]]:
@@ -318,8 +318,7 @@ def read_parquet_rows(path: Path) -> tuple[list[str], Iterator[tuple[int, list]]
 def read_own_table(table: Path, split: str) -> tuple[list[dict], list[str], list[str]]:
     """The images of a table: lines that name the same path are one image, which has the captions of all of them."""
     columns, unused, lines = open_table(table)
-    taken = [f"{theirs} as {ours}" for ours, theirs in columns.items() if theirs != ours]
-    images, first_line, found = {}, {}, {}
+    images, first_line, found = {}, {}, collections.Counter()
     for number, line in lines:
         try:
             row = {column: text_files.to_text(line.get(column)) for column in ("path", "label", "group", "split")}
@@ -328,10 +327,9 @@ def read_own_table(table: Path, split: str) -> tuple[list[dict], list[str], list
             raise ValueError(f"{table}, line {number}: {error}") from error
         if not row["path"]:
             raise ValueError(f"{table}, line {number} has no path; remove it, or fill it in")
-        if "split" in columns:
-            found[row["split"]] = found.get(row["split"], 0) + 1
-            if (parse_split(row["split"]) or row["split"]) != (parse_split(split) or split):
-                continue
+        found[row["split"]] += 1
+        if "split" in columns and to_split(row["split"]) != to_split(split):
+            continue
         slashes = row["path"] if "/" in row["path"] else row["path"].replace("\\", "/")  # as Windows writes them
         key = os.path.normpath(slashes)
         known = images.setdefault(key, row | {"captions": []})
@@ -344,59 +342,39 @@ def read_own_table(table: Path, split: str) -> tuple[list[dict], list[str], list
                     f"it has {known[column]!r}; an image has one {column}, and several captions in lines or between |"
                 )
             known[column] = known[column] or row[column]
+    if not images and found:
+        there = ", ".join(name or "nothing" for name in found)
+        raise ValueError(f"{table} has a column 'split' (with {there}) but no image in split {split!r}")
     if not images:
-        if found:
-            there = ", ".join(name or "nothing" for name in found)
-            raise ValueError(f"{table} has a column 'split' (with {there}) but no image in split {split!r}")
         raise ValueError(f"{table} names no images: put one into each line below the first")
-    disk = make_path_finder()
-    rows, left_out = [], []
+    rows, left_out, listings = [], [], {}
     for key, row in images.items():
-        path = disk(table.parent / key) or disk(table.parent / row["path"])
-        if path is None:
-            left_out.append(f"{table.parent / key} (it is not there)")
-        else:
+        path = find_stored(table.parent / key, listings) or find_stored(table.parent / row["path"], listings)
+        if path:
             rows.append(row | {"path": path})
+        else:
+            left_out.append(f"{table.parent / key} (it is not there)")
     if not rows:
         raise ValueError(
             f"{table}: none of its {len(images)} images is there; paths count from its folder: {left_out[0]}"
         )
     notes = [f"split {split}" if "split" in columns else "no splits"]
-    beside = [
-        f"{name or 'nothing'} {count:,}" for name, count in found.items() if parse_split(name) != parse_split(split)
-    ]
-    notes += [f"beside it {', '.join(beside)}"] if beside else []
-    notes += [f"columns: {', '.join(taken)}"] if taken else []
-    notes += [f"columns not used: {', '.join(unused)}"] if unused else []
-    return rows, left_out, notes
+    beside = {name: count for name, count in found.items() if "split" in columns and to_split(name) != to_split(split)}
+    notes += list_names("beside it", [f"{name or 'nothing'} {count:,}" for name, count in beside.items()])
+    notes += list_names("columns:", [f"{theirs} as {ours}" for ours, theirs in columns.items() if theirs != ours])
+    return rows, left_out, notes + list_names("columns not used:", unused)
 
 
-def make_path_finder():
-    """A function: path -> the path as the disk has it, or None. A name with accents may be stored in Unicode's other
-    form. Each folder is listed once, which is faster than asking for every file."""
-
-    @functools.cache
-    def listing(folder: Path) -> dict[str, str]:
-        try:
-            names = os.listdir(folder)
-        except OSError:
-            return {}
-        return {text_files.to_printable(name): name for name in names} | {name: name for name in names}
-
-    @functools.cache
-    def stored_folder(folder: Path) -> Path | None:
-        return folder if folder.is_dir() else find(folder)
-
-    def find(path: Path) -> Path | None:
-        folder = stored_folder(path.parent) if path != path.parent else None
-        name = (
-            listing(folder).get(path.name) or listing(folder).get(text_files.to_printable(path.name))
-            if folder
-            else None
-        )
-        return folder / name if name else None
-
-    return find
+def find_stored(path: Path, listings: dict[Path, dict[str, Path]]) -> Path | None:
+    """The path as the disk has it, or None. A name with accents may be stored in Unicode's other form. `listings` keeps
+    what lies in each folder, which is faster than asking for every file."""
+    folder = path.parent
+    if folder not in listings:
+        stored = folder if folder.is_dir() or folder == path else find_stored(folder, listings)
+        names = os.listdir(stored) if stored and os.access(stored, os.R_OK) else []
+        printed = {text_files.to_printable(name): stored / name for name in names}
+        listings[folder] = printed | {name: stored / name for name in names}
+    return listings[folder].get(path.name) or listings[folder].get(text_files.to_printable(path.name))
 
 
 # --- tars ------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,12 @@ import numpy as np
 import gpnns_utils as gu
 from gpnns.images import datasets, downloads, image_set, own_images
 
-# --- splits ----------------------------------------------------------------------------------------------------------
+
+def check_labels(images: gu.ImageSet) -> gu.ImageSet:
+    """The same images; ValueError for a set without labels."""
+    if images.labels is None:
+        raise ValueError(f"{images.name} {image_set.NO_LABELS}")
+    return images
 
 
 def split_classes(images: gu.ImageSet, share: float, seed: int = 0) -> tuple[gu.ImageSet, gu.ImageSet]:
@@ -19,8 +24,7 @@ def split_classes(images: gu.ImageSet, share: float, seed: int = 0) -> tuple[gu.
     Only classes with two images or more are cut off, because a single image has nothing to find. Raises ValueError
     without labels, or when there are too few classes for both sides.
     """
-    if images.labels is None:
-        raise ValueError(f"{images.name} {image_set.NO_LABELS}")
+    check_labels(images)
     classes, counts = np.unique(images.labels, return_counts=True)
     measurable = classes[counts > 1]
     number = max(2, min(round(share * len(classes)), len(measurable)))
@@ -73,70 +77,65 @@ def load_splits(train_images: str | Path, test_images: str | Path = "", seed: in
     Raises ValueError without labels, for too few classes, for a test that mixes both questions, and when a picture of a
     closed test is trained on.
     """
-    drawn = str(train_images) == "mini"  # whose classes have the same names in every part, and are others
-    train, searched = datasets.load(train_images, "train"), None
-    if drawn:
+    if str(train_images) == "mini":  # whose classes have the same names in every part, and are others
         if test_images:
             raise ValueError("test_images belong to train_images of your own; the drawn world brings its test")
-        validation, test = datasets.load("mini", "validation"), datasets.load("mini", "test")
-    else:
-        if train.labels is None:
-            raise ValueError(f"{train_images} {image_set.NO_LABELS}")
-        test = datasets.load(test_images, "test") if test_images else load_split_beside(train_images, "test")
-        validation = load_split_beside(train_images, "validation")
-        if test is None and not test_images:
-            queries, gallery = (load_split_beside(train_images, part) for part in ("query", "gallery"))
-            test, searched = (queries, gallery) if queries and gallery else (None, None)
-        if test is None:
-            train, test = split_classes(train, 0.2, seed)
-    if test.labels is None:
-        raise ValueError(f"{test.name} {image_set.NO_LABELS}")
-    question = "open" if drawn else find_question(train, test)
-    if not drawn and validation and (validation.labels is None or find_question(train, validation, "") != question):
+        parts = ("train", "validation", "test", "captions_validation", "captions")
+        train, validation, test, *asked = (datasets.load("mini", part) for part in parts)
+        asked = map(add_names_as_captions, asked)
+        return tell_question(Splits("open", train, (validation, validation), (test, test), *asked))
+    train, searched = check_labels(datasets.load(train_images, "train")), None
+    test = datasets.load(test_images, "test") if test_images else load_split_beside(train_images, "test")
+    validation = load_split_beside(train_images, "validation")
+    if test is None:
+        queries, gallery = (load_split_beside(train_images, part) for part in ("query", "gallery"))
+        test, searched = (queries, gallery) if queries and gallery else (None, None)
+    if test is None:
+        train, test = split_classes(train, 0.2, seed)
+    question = find_question(train, check_labels(test))
+    if validation and (validation.labels is None or find_question(train, validation, "") != question):
         print(f"{validation.name} does not ask the same ({question}) as {test.name}, and is left aside")
         validation = None
-    if question == "open" and validation and not drawn and find_question(test, validation, "") != "open":
+    if validation and question == "open" and find_question(test, validation, "") != "open":
         print(f"{validation.name} shows classes of {test.name}, which must not choose, and is left aside")
         validation = None
-    if searched is not None:
+    if searched:
         test = check_apart(use_labels_of(searched, test), searched)
     if question == "open":
-        if searched is None and (np.unique(test.labels, return_counts=True)[1] > 1).sum() < 2:
+        if not searched and (np.unique(test.labels, return_counts=True)[1] > 1).sum() < 2:
             raise ValueError(f"{test.name} needs at least two classes with two images each, to measure on")
-        for held in () if drawn else filter(None, (test, searched, validation)):
+        for held in filter(None, (test, searched, validation)):
             if twice := find_shared_images(train, held):
-                print(
-                    f"{len(twice)} of {len(held)} images of {held.name} are in {train.name} too, under other labels; they are taken out of it"
-                )
+                shown = f"{len(twice)} of {len(held)} images of {held.name} are in {train.name} too"
+                print(f"{shown}, under other labels; they are taken out of it")
                 train = train.subset(np.setdiff1d(np.arange(len(train)), [row for row, _ in twice]))
         if validation is None:
             train, validation = split_classes(train, 0.1, seed)
-        gallery = test if searched is None else searched
-        asked = (
-            [datasets.load("mini", part) for part in ("captions_validation", "captions")]
-            if drawn
-            else (validation, test)
-        )
-        splits = Splits(question, train, (validation, validation), (test, gallery), *map(add_names_as_captions, asked))
-        how = f"{len(np.unique(test.labels))} classes that are not trained on; " + (
-            "their images search each other"
-            if searched is None
-            else f"they search {len(searched):,} images of their own"
-        )
+        gallery = searched or test
     else:
-        test = check_apart(use_labels_of(train, test), train) if searched is None else test
+        test = test if searched else check_apart(use_labels_of(train, test), train)
         if validation is None:
             train, validation = split_images(train, 0.1, seed)
         else:
             validation = check_apart(check_apart(use_labels_of(train, validation), train), test)
-        gallery = train if searched is None else searched
-        splits = Splits(
-            question, train, (validation, train), (test, gallery), *map(add_names_as_captions, (validation, test))
-        )
-        how = (
-            f"{len(test):,} other images of classes that are trained on; they search the {len(train):,} training images"
-        )
-    print(f"the question is {question}: {how}")
+        gallery = searched or train
+    chosen_on = validation, validation if question == "open" else train
+    return tell_question(
+        Splits(question, train, chosen_on, (test, gallery), *map(add_names_as_captions, (validation, test)))
+    )
+
+
+def tell_question(splits: Splits) -> Splits:
+    """The same splits; prints their question, and what searches what."""
+    queries, gallery = splits.test
+    they = f"they search {len(gallery):,} images of their own"
+    if splits.question == "open":
+        they = "their images search each other" if gallery is queries else they
+        how = f"{len(np.unique(queries.labels))} classes that are not trained on; {they}"
+    else:
+        they = f"they search the {len(gallery):,} training images" if gallery is splits.train else they
+        how = f"{len(queries):,} other images of classes that are trained on; {they}"
+    print(f"the question is {splits.question}: {how}")
     return splits
 
 
@@ -158,10 +157,8 @@ def load_split_beside(source: str | Path, split: str) -> gu.ImageSet | None:
 
 def has_split(source: str | Path, split: str) -> bool:
     """Whether a data set, a folder or a table has a split of that name; not asked of several sets, or of a split itself."""
-    if (
-        all(part.strip().partition(":")[0] in datasets.TABLE for part in str(source).split(" + "))
-        and not Path(source).exists()
-    ):
+    names = [part.strip().partition(":")[0] for part in str(source).split(" + ")]
+    if set(names) <= set(datasets.TABLE) and not Path(source).exists():
         return str(source) in datasets.TABLE and split in datasets.TABLE[str(source)]["splits"]
     return own_images.has_split(Path(source).expanduser(), split)
 
@@ -203,13 +200,11 @@ def check_apart(other: gu.ImageSet, train: gu.ImageSet) -> gu.ImageSet:
 def find_shared_images(one: gu.ImageSet, other: gu.ImageSet) -> list[tuple[int, int]]:
     """(row, row) of the images that two sets share. Only files of the same size are read."""
 
-    def sizes(images: gu.ImageSet) -> list[int]:
-        return [
-            0 if isinstance(images.images, np.ndarray) else downloads.get_file_size(Path(path))
-            for path in images.images
-        ]
+    def sizes(images: gu.ImageSet) -> np.ndarray:
+        pixels = isinstance(images.images, np.ndarray)
+        return np.array([0 if pixels else downloads.get_file_size(Path(path)) for path in images.images])
 
-    ours, theirs = np.array(sizes(one)), np.array(sizes(other))
+    ours, theirs = sizes(one), sizes(other)
     rows, others = np.flatnonzero(np.isin(ours, theirs)), np.flatnonzero(np.isin(theirs, ours))
     known = dict(zip(other.subset(others).digests(), others, strict=True))
     return [(row, known[d]) for row, d in zip(rows, one.subset(rows).digests(), strict=True) if d in known]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import codecs
+import io
 import json
 import math
 import os
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 
 def read_json(path: Path):
@@ -22,56 +24,42 @@ def read_json(path: Path):
 
 # --- texts -----------------------------------------------------------------------------------------------------------
 
-MARKS = {  # what a program may write first, so that others know how it encodes letters; of UTF-32 the first half is UTF-16's
-    codecs.BOM_UTF8: "utf-8-sig",
-    codecs.BOM_UTF32_LE: "utf-32",
-    codecs.BOM_UTF32_BE: "utf-32",
-    codecs.BOM_UTF16_LE: "utf-16",
-    codecs.BOM_UTF16_BE: "utf-16",
-}
-
-
-def find_encoding(begin: bytes) -> str:
-    """UTF-8, or what a byte-order mark says (Excel's "Unicode text" is UTF-16)."""
-    return next((name for mark, name in MARKS.items() if begin.startswith(mark)), "utf-8")
+AS_UTF8 = "save the file as UTF-8 (Excel: 'CSV UTF-8'; iconv -f CP1252 -t UTF-8)"
 
 
 def read_text_lines(path: str | Path) -> Iterator[str]:
-    """The lines of a text file, one at a time.
+    """The lines of a text file, one at a time: UTF-8, or UTF-16 with its mark (Excel's "Unicode text").
 
     Raises ValueError with file and line for another encoding: to guess it would change letters without a word.
     """
     with open(path, "rb") as file:
-        encoding = find_encoding(file.read(4))
+        yield from decode_lines(file, path)
+
+
+def decode_lines(file: BinaryIO, where: str | Path) -> Iterator[str]:
+    """The lines of an open file, like `read_text_lines`; `where` it lies, for the messages."""
+    encoding = "utf-16" if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+    file.seek(0)
     number = 0
-    with open(path, encoding=encoding) as file:
+    with io.TextIOWrapper(file, encoding) as text:
         try:
-            for number, line in enumerate(file, 1):
+            for number, line in enumerate(text, 1):
                 if "\0" in line:
-                    raise ValueError(f"{path}, line {number} holds zero bytes: {AS_UTF8}")
+                    raise ValueError(f"{where}, line {number} holds zero bytes: {AS_UTF8}")
                 yield line
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path}, after line {number}, {explain_bad_text(error)}") from error
+            broken = error.object[max(0, error.start - 12) : error.start + 4]
+            said = f"is not {error.encoding} ({broken!r}): {AS_UTF8}"
+            raise ValueError(f"{where}, after line {number}, {said}") from error
 
 
 def decode_text(content: bytes, where: str) -> str:
-    """The bytes of a text as a string, like `text_lines`; `where` they were found, for the message."""
-    try:
-        return content.decode(find_encoding(content))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{where} {explain_bad_text(error)}") from error
-
-
-def explain_bad_text(error: UnicodeDecodeError) -> str:
-    broken = error.object[max(0, error.start - 12) : error.start + 4]
-    return f"is not {error.encoding} ({broken!r}): {AS_UTF8}"
-
-
-AS_UTF8 = "save the file as UTF-8 (Excel: 'CSV UTF-8'; iconv -f CP1252 -t UTF-8)"
+    """The bytes of a text as a string, like `read_text_lines`."""
+    return "".join(decode_lines(io.BytesIO(content), where))
 
 
 def read_text(path: str | Path) -> str:
-    """A text file as a whole, read like `text_lines`."""
+    """A text file as a whole, like `read_text_lines`."""
     return "".join(read_text_lines(path))
 
 

@@ -7,13 +7,13 @@ downloaded before a failure is kept, so that the next start goes on from there.
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
+from subprocess import PIPE, STDOUT, Popen
 
 ROOT = Path(__file__).resolve().parents[3]
 VENV = ROOT / ".venv"
-PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+PYTHON = str(VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python"))
 DISK = 8e9 if sys.platform == "linux" else 4e9  # torch for Linux brings the libraries of a GPU along: 7 GB in all
 AGAIN = "Then run the same command again: it goes on where it was."
 REMEDIES = [  # what a failed step prints, and what to do: the first that fits
@@ -44,9 +44,9 @@ def main() -> None:
     check_python()
     check_disk()
     print("Installing the course's packages into .venv; once, some minutes.", flush=True)
-    step(sys.executable, "-m", "venv", str(VENV))
-    step(str(PYTHON), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "uv")
-    step(str(PYTHON), "-m", "uv", "pip", "install", "--compile-bytecode", "--python", str(PYTHON), "-e", ".[dev,scale]")
+    run_step(sys.executable, "-m", "venv", str(VENV))
+    run_step(PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "uv")
+    run_step(PYTHON, "-m", "uv", "pip", "install", "--compile-bytecode", "--python", PYTHON, "-e", ".[dev,scale]")
 
 
 def check_python() -> None:
@@ -69,11 +69,9 @@ def check_disk() -> None:
         )
 
 
-def step(*command: str) -> None:
+def run_step(*command: str) -> None:
     """Run one command and show what it prints; where it fails, end with a sentence about what to do."""
-    process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-    )
+    process = Popen(command, cwd=ROOT, stdout=PIPE, stderr=STDOUT, text=True, errors="replace")
     lines = []
     for line in process.stdout:
         lines.append(line)

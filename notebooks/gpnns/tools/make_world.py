@@ -18,26 +18,20 @@ import gpnns_utils as gu
 from gpnns.tools.run import run_notebook
 
 RUNS = gu.work_folder() / "runs" / "world"
-MADE = {  # notebook: its parameters, and what of its results is shipped under which name
-    "03_finetune_arcmargin": (
-        {},
-        {"03_arcmargin.safetensors": "arcmargin.safetensors", "03_arcmargin.json": "arcmargin.json"},
-    ),
-    "04_realign_text_mcip": (
-        {},
-        {"04_2sft.safetensors": "2sft.safetensors", "04_mcip_realigned.safetensors": "mcip_realigned.safetensors"},
-    ),
-    "05_average_soups": ({}, {}),  # ships nothing, but has to run with what was made
-    "06_normalize_neighbors_nnn": ({}, {}),
+MADE = {  # notebook: which of its results are shipped, under their names without the number
+    "03_finetune_arcmargin": ("03_arcmargin.safetensors", "03_arcmargin.json"),
+    "04_realign_text_mcip": ("04_2sft.safetensors", "04_mcip_realigned.safetensors"),
+    "05_average_soups": (),  # ships nothing, but has to run with what was made
+    "06_normalize_neighbors_nnn": (),
 }
 
 
-def make(name: str, parameters: dict, shipped: dict[str, str]) -> str | None:
+def run_and_ship(name: str, shipped: tuple[str, ...]) -> str | None:
     """Run a notebook and copy what it ships; None when all went well, else what went wrong and where."""
     path = gu.COURSE / f"{name}.ipynb"
-    failed = run_notebook(path, RUNS / path.name, {"profile": "world"} | parameters)
-    for made, file in shipped.items() if not failed else ():
-        ship(RUNS / made, gu.DATA / "mini_tuned" / file)
+    failed = run_notebook(path, RUNS / path.name, {"profile": "world"})
+    for file in () if failed else shipped:
+        ship(RUNS / file, gu.DATA / "mini_tuned" / file.partition("_")[2])
     return failed
 
 
@@ -54,10 +48,10 @@ def main() -> int:
     RUNS.mkdir(parents=True, exist_ok=True)
     subprocess.run([sys.executable, "-m", "gpnns.tools.pretrain_mini_clip"], check=True)
     print(f"mini CLIP: {(time.time() - started) / 60:.0f} min", flush=True)
-    for name, (parameters, shipped) in MADE.items():
+    for name, shipped in MADE.items():
         begun = time.time()
         print(f"{name} ...", end=" ", flush=True)
-        if failed := make(name, parameters, shipped):
+        if failed := run_and_ship(name, shipped):
             print(f"failed at {failed}\nThe executed copy is in {RUNS}; the same command goes on.")
             return 1
         print(f"{(time.time() - begun) / 60:.0f} min", flush=True)

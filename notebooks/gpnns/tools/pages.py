@@ -1,7 +1,7 @@
 """The notebooks as a site to read, with the outputs they were committed with: `python -m gpnns.tools.pages`.
 
-Pages go to build/site: the README as index.html, how to run the notebooks, and one for each notebook. They need no network: styles and figures lie
-in the pages, formulas are MathML, scripts there are none. Solutions are left out.
+Pages go to build/site: the README as index.html, how to run the notebooks, and one for each notebook. They need no
+network: styles and figures lie in the pages, formulas are MathML, scripts there are none. Solutions are left out.
 """
 
 import re
@@ -14,8 +14,8 @@ from latex2mathml.converter import convert
 from nbconvert import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 
-FOLDER = Path(__file__).resolve().parents[2]
-ROOT = FOLDER.parent
+from gpnns.tools.run import FOLDER, NOTEBOOKS, ROOT
+
 SITE = ROOT / "build" / "site"
 REPOSITORY = "https://github.com/gpnns/gpnns/blob/main"
 BACK = "[All notebooks](../README.md)"
@@ -52,13 +52,13 @@ class PageRenderer(IPythonRenderer):
     def heading(self, text: str, level: int, **attrs) -> str:
         """With GitHub's anchors, which the links in the texts name: small letters, hyphens, no other punctuation."""
         html = super().heading(text, level, **attrs)
-        return re.sub(r'(?<=id=")[^"]*|(?<=href="#)[^"]*', lambda name: github_anchor(name[0]), html)
+        return re.sub(r'(?<=id=")[^"]*|(?<=href="#)[^"]*', lambda name: make_anchor(name[0]), html)
 
     def link(self, text: str, url: str, title: str | None = None) -> str:
-        return super().link(text, site_link(url, Path(self.path)), title)
+        return super().link(text, resolve_link(url, Path(self.path)), title)
 
 
-def site_link(url: str, folder: Path) -> str:
+def resolve_link(url: str, folder: Path) -> str:
     """Where a link of a file in `folder` leads on the site: a page, or the repository for what has none."""
     if re.match(r"\w+:|#", url):
         return url
@@ -66,27 +66,22 @@ def site_link(url: str, folder: Path) -> str:
     target = (folder / file).resolve()
     if target in TEXTS:
         return TEXTS[target] + (f"#{anchor}" if anchor else "")
-    return f"{target.stem}.html" if target in notebooks() else f"{REPOSITORY}/{target.relative_to(ROOT).as_posix()}"
+    return f"{target.stem}.html" if target in NOTEBOOKS else f"{REPOSITORY}/{target.relative_to(ROOT).as_posix()}"
 
 
-def github_anchor(heading: str) -> str:
+def make_anchor(heading: str) -> str:
     """The name under which GitHub links to a heading, from its words joined by hyphens."""
     return re.sub(r"[^\w-]", "", heading.lower())
-
-
-def notebooks() -> list[Path]:
-    return sorted(FOLDER.glob("[0-9][0-9]_*.ipynb"))
 
 
 class PageExporter(HTMLExporter):
     @pass_context
     def markdown2html(self, context, source: str) -> str:
-        return MarkdownWithMath(
-            PageRenderer(escape=False, embed_images=True, path=context["resources"]["metadata"]["path"])
-        ).render(source)
+        path = context["resources"]["metadata"]["path"]
+        return MarkdownWithMath(PageRenderer(escape=False, embed_images=True, path=path)).render(source)
 
 
-def page(notebook: nbformat.NotebookNode, folder: Path) -> str:
+def make_page(notebook: nbformat.NotebookNode, folder: Path) -> str:
     """A notebook as HTML. What needs a kernel is left out: the picture of its state is in the cells before it."""
     notebook.metadata["title"] = notebook.cells[0].source.partition("\n")[0].lstrip("# ")
     for cell in notebook.cells:
@@ -101,12 +96,12 @@ def main() -> None:
     SITE.mkdir(parents=True)
     for path, name in TEXTS.items():
         text = nbformat.v4.new_markdown_cell(path.read_text(encoding="utf-8"))
-        (SITE / name).write_text(page(nbformat.v4.new_notebook(cells=[text]), path.parent), encoding="utf-8")
-    for path in notebooks():
+        (SITE / name).write_text(make_page(nbformat.v4.new_notebook(cells=[text]), path.parent), encoding="utf-8")
+    for path in NOTEBOOKS:
         notebook = nbformat.read(path, as_version=4)
         notebook.cells[0].source += f"\n\n{BACK}"
-        (SITE / f"{path.stem}.html").write_text(page(notebook, FOLDER), encoding="utf-8")
-    print(f"{len(TEXTS) + len(notebooks())} pages: {SITE / 'index.html'}")
+        (SITE / f"{path.stem}.html").write_text(make_page(notebook, FOLDER), encoding="utf-8")
+    print(f"{len(TEXTS) + len(NOTEBOOKS)} pages: {SITE / 'index.html'}")
 
 
 if __name__ == "__main__":

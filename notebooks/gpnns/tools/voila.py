@@ -1,4 +1,4 @@
-"""Settings of Voila when it is started in this folder (`make app`): a notebook's app alone, here only, with a token.
+"""Settings of Voila for `make app`, which names this folder: a notebook's app alone, here only, with a token.
 
 The cells tagged `app`, and the parameters, are all that an app needs. They run as one cell whose outputs are dropped,
 but the last, which is what a visitor sees under the notebook's title and the texts tagged `app`. A notebook without

@@ -6,12 +6,12 @@ It mirrors GPR1200 (landmarks, nature, sketches, objects, products, faces) at a 
   say all that the eye can see of it (`tell_thing`).
 - An image is one view of a thing. A view is a set of parameters too, drawn before the picture is (`make_view`): ground,
   light, side, size, what stands in front. It has words of its own (`tell_view`).
-- Five captions an image, from coarse to fine (`five_captions`): two that many things share, one with some details in other
+- Five captions an image, from coarse to fine (`tell_five`): two that many things share, one with some details in other
   words, one that tells the view, and one with all details of the thing and something of the view.
 - In `captions`, `captions_validation` and `references` every thing has one image and one caption, the finest: searches
   by text are measured there, as on COCO, and what teaches text never holds a text that is asked. So has each image of
   `bank`, whose pairs no pre-training saw.
-- Pairs for pre-training are as noisy as the web's (`web_caption`): 30 of 100 captions belong to another image, some say
+- Pairs for pre-training are as noisy as the web's (`draw_web_caption`): 30 of 100 captions belong to another image, some say
   little, some say nothing. Classes of `pairs` and `train` are as uneven as in life.
 
 Every picture and caption follows from (seed, split, domain, class, view) alone.
@@ -19,15 +19,16 @@ Every picture and caption follows from (seed, split, domain, class, view) alone.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
-import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+import gpnns_utils as gu
 from gpnns.world import painters
 
 # split: (number of the class stream, classes per domain, images per class on average). `shifted` shows the classes of
@@ -61,9 +62,15 @@ def make_stream(*numbers: int) -> np.random.Generator:
     return np.random.default_rng(numbers)
 
 
+def make_view_stream(split: str, domain: str, number: int, view: int, seed: int, *purpose: int) -> np.random.Generator:
+    """The random numbers of one view: for its parameters, its drawing (purpose 1) or its captions (2)."""
+    own = "train" if split == "train_noisy" else split  # the same pictures
+    return make_stream(seed, list(SPLITS).index(own), painters.DOMAINS.index(domain), number, view, *purpose)
+
+
 @functools.lru_cache(maxsize=64)  # its views come one after the other
 def make_thing(split: str, domain: str, number: int, seed: int = 0) -> dict:
-    """The parameters of a thing in a split's stream of them; `class_numbers` says which of the stream a split has."""
+    """The parameters of a thing in a split's stream of them; `list_class_numbers` says which of the stream a split has."""
     return painters.PAINTERS[domain][0](make_stream(seed, SPLITS[split][0], painters.DOMAINS.index(domain), number))
 
 
@@ -76,19 +83,17 @@ def tell_thing(domain: str, thing: dict) -> tuple[str, str, list[str]]:
 @functools.lru_cache(maxsize=64)  # drawn, then told
 def make_view(split: str, domain: str, number: int, view: int, seed: int = 0) -> dict:
     """All parameters of one view: ground, side, size (by domain), what stands in front, and the light."""
-    shifted = split == "shifted"
-    own = "train" if split == "train_noisy" else split  # the same pictures
-    rng = make_stream(seed, list(SPLITS).index(own), painters.DOMAINS.index(domain), number, view)
+    shifted, rng = split == "shifted", make_view_stream(split, domain, number, view, seed)
     made = painters.PAINTERS[domain][2](rng)
     made["front"] = None
     if rng.random() < (0.5 if shifted else 0.3):
-        angle, color = rng.uniform(0, 2 * np.pi), str(rng.choice(list(painters.COLORS)))
-        leaf = (rng.uniform(0.3, 0.6), rng.uniform(0.12, 0.28), painters.near(rng, color), rng.uniform(0, 3.1))
-        made["front"] = (color, (0.95 * np.cos(angle), 0.95 * np.sin(angle), *leaf))
-    strength = rng.uniform(0, 0.4 if shifted else 0.2)
+        angle, color = rng.uniform(0, 2 * np.pi), painters.choose_word(rng, *painters.COLORS)
+        width, height = rng.uniform(0.3, 0.6), rng.uniform(0.12, 0.28)
+        shade, turn = painters.draw_near_color(rng, color), rng.uniform(0, 3.1)
+        made["front"] = (color, (0.95 * np.cos(angle), 0.95 * np.sin(angle), width, height, shade, turn))
     made["light"] = {
+        "strength": rng.uniform(0, 0.4 if shifted else 0.2),
         "angle": rng.uniform(0, 2 * np.pi),
-        "strength": strength,
         "gain": rng.choice([0.6, 0.75, 1.35]) if shifted else rng.uniform(0.78, 1.18),
         "cast": rng.normal(1, 0.1 if shifted else 0.05, 3),
         "gray": bool(shifted and rng.random() < 0.35),
@@ -101,8 +106,8 @@ def tell_view(domain: str, view: dict) -> list[str]:
     """Words for a view, the most visible ones first."""
     told = [part.strip() for part in painters.PAINTERS[domain][3](view) if part.strip()]
     if view["front"]:
-        told.insert(1, painters.an(f"{view['front'][0]} leaf in front"))
-    light = painters.graded(view["light"]["gain"], "in dim light", 0.88, "", 1.08, "in bright light")
+        told.insert(1, painters.add_article(f"{view['front'][0]} leaf in front"))
+    light = painters.grade(view["light"]["gain"], "in dim light", 0.88, "", 1.08, "in bright light")
     return [*told, light] if light else told
 
 
@@ -132,7 +137,7 @@ def tell_five(domain: str, thing: dict, view: dict, rng) -> list[str]:
     return [
         coarse,
         middle,
-        f"{other}: {painters.listed(some)}" if some else other,
+        f"{other}: {painters.join_words(some)}" if some else other,
         f"{coarse}, {', '.join(seen[:3])}",
         ", ".join([tell_finest(domain, thing), *around]),
     ]
@@ -141,7 +146,7 @@ def tell_five(domain: str, thing: dict, view: dict, rng) -> list[str]:
 def tell_finest(domain: str, thing: dict) -> str:
     """All that words say of a thing, in one text, which tells it from almost every other."""
     _, middle, details = tell_thing(domain, thing)
-    return f"{middle}, {painters.listed(details)}" if details else middle
+    return f"{middle}, {painters.join_words(details)}" if details else middle
 
 
 @functools.cache
@@ -166,9 +171,8 @@ def list_class_numbers(split: str, domain: str, seed: int = 0) -> tuple[int, ...
 
 @functools.cache
 def list_finest_texts(split: str, domain: str, seed: int = 0) -> frozenset[str]:
-    return frozenset(
-        tell_finest(domain, make_thing(split, domain, n, seed)) for n in list_class_numbers(split, domain, seed)
-    )
+    numbers = list_class_numbers(split, domain, seed)
+    return frozenset(tell_finest(domain, make_thing(split, domain, number, seed)) for number in numbers)
 
 
 def count_views(split: str) -> list[int]:
@@ -189,17 +193,13 @@ def count_views(split: str) -> list[int]:
 def draw_image(split: str, domain: str, number: int, view: int, seed: int = 0) -> np.ndarray:
     """One view of one thing: uint8 (64, 64, 3)."""
     thing, seen = make_thing(split, domain, number, seed), make_view(split, domain, number, view, seed)
-    own = "train" if split == "train_noisy" else split
-    hand = make_stream(
-        seed, list(SPLITS).index(own), painters.DOMAINS.index(domain), number, view, 1
-    )  # tremble and grain
+    hand = make_view_stream(split, domain, number, view, seed, 1)  # tremble and grain
     canvas = painters.PAINTERS[domain][4](thing, seen, hand)
     if seen["front"]:
         canvas.place()
         canvas.ellipse(*seen["front"][1])
-    return photograph(
-        np.asarray(canvas.image.reduce(canvas.pixels // painters.SIZE), dtype=np.float32), seen["light"], hand
-    )
+    pixels = np.asarray(canvas.image.reduce(canvas.pixels // painters.SIZE), dtype=np.float32)
+    return photograph(pixels, seen["light"], hand)
 
 
 def photograph(image: np.ndarray, light: dict, rng) -> np.ndarray:
@@ -236,14 +236,10 @@ def load_split(split: str, cache: str | Path, seed: int = 0, report: Callable[[i
     if split not in SPLITS:
         raise ValueError(f"the mini world has no split {split!r}; choose one of {', '.join(SPLITS)}")
     rows, own = list_rows(split, seed), "train" if split == "train_noisy" else split
-    path, shape = (
-        Path(cache) / "mini_world" / f"{own}-seed{seed}-v{VERSION}.npy",
-        (len(rows), painters.SIZE, painters.SIZE, 3),
-    )
-    captions, images = [], None
-    if read_drawn(path, shape) is None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        images = np.empty(shape, dtype=np.uint8)
+    path = Path(cache) / "mini_world" / f"{own}-seed{seed}-v{VERSION}.npy"
+    shape = (len(rows), painters.SIZE, painters.SIZE, 3)
+    images = None if read_drawn(path, shape) is not None else np.empty(shape, dtype=np.uint8)
+    captions = []
     for i, (domain, _, number, view) in enumerate(rows):
         captions.append(tell_image(split, domain, number, view, seed))
         if images is not None:
@@ -251,10 +247,7 @@ def load_split(split: str, cache: str | Path, seed: int = 0, report: Callable[[i
             if report and i % 100 == 99:
                 report(i + 1, len(images))
     if images is not None:
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        with open(partial, "wb") as file:
-            np.save(file, images)
-        os.replace(partial, path)  # a reader sees the whole file or none
+        gu.write_atomically(path, lambda file: np.save(file, images))
     _, classes, _ = SPLITS[split]
     labels = np.array([painters.DOMAINS.index(domain) * classes + place for domain, place, _, _ in rows])
     if split == "train_noisy":
@@ -272,23 +265,18 @@ def read_drawn(path: Path, shape: tuple) -> np.ndarray | None:
     """The images in a file, memory-mapped, or None when it is not there or damaged: then they are drawn again."""
     if not path.exists():
         return None
-    try:
+    with contextlib.suppress(ValueError, OSError, EOFError):
         images = np.load(path, mmap_mode="r")
         if (images.shape, images.dtype) == (shape, np.uint8):
             return images
-    except (ValueError, OSError, EOFError):
-        pass
     warnings.warn(f"{path} is damaged and is drawn again", stacklevel=2)
     return None
 
 
 def tell_image(split: str, domain: str, number: int, view: int, seed: int = 0) -> list[str]:
-    """The five captions of one image (`five_captions`)."""
+    """The five captions of one image (`tell_five`)."""
     thing, seen = make_thing(split, domain, number, seed), make_view(split, domain, number, view, seed)
-    own = "train" if split == "train_noisy" else split
-    return tell_five(
-        domain, thing, seen, make_stream(seed, list(SPLITS).index(own), painters.DOMAINS.index(domain), number, view, 2)
-    )
+    return tell_five(domain, thing, seen, make_view_stream(split, domain, number, view, seed, 2))
 
 
 def add_wrong_labels(labels: np.ndarray, classes: int, seed: int = 0) -> np.ndarray:
