@@ -117,7 +117,7 @@ def load_images(source: str | Path, split: str = "test") -> ImageSet:
     """
     from gpnns.images import datasets
 
-    return datasets.load(source, split)
+    return datasets.load_images(source, split)
 
 
 # --- encoders --------------------------------------------------------------------------------------------------------
@@ -702,7 +702,7 @@ def save_results(run: Run, notebook: str, rows: list[dict], headline: str) -> Pa
     return path
 
 
-def to_json(value) -> float | str:
+def to_json(value: Any) -> float | str:
     """What JSON does not know: a number of numpy as Python's, anything else as text."""
     return value.item() if isinstance(value, np.generic) else str(value)
 
@@ -753,7 +753,7 @@ def show_images(
     return as_jpeg(figure)
 
 
-def as_jpeg(figure) -> Picture:
+def as_jpeg(figure: Any) -> Picture:
     """A finished figure as a JPEG picture for the end of a cell; the figure itself is closed."""
     import matplotlib.pyplot as plt
     from IPython.display import Image as Picture
@@ -909,7 +909,7 @@ def check_k(k: int, available: int, what: str) -> int:
     return int(k)
 
 
-def check_cut(k) -> None:
+def check_cut(k: int) -> None:
     """Where a ranking is cut, for a score."""
     if not isinstance(k, (int, np.integer)) or isinstance(k, bool) or k < 1:
         raise ValueError(f"a ranking is cut at k = 1 or later, not at {k!r}")

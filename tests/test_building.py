@@ -186,7 +186,10 @@ def test_projections_of_other_towers_take_the_map_in_too(told, architecture):
     encoder = gu.load_encoder(f"open_clip:{architecture}/random")
     matrix = np.eye(encoder.dim) + 0.5 * np.random.default_rng(0).normal(size=(encoder.dim,) * 2) / encoder.dim**0.5
     other, few = building.add_map(encoder, matrix), told.test[0].subset([0, 1])
-    for embed, what in ((lambda *given: gu.embed_images(*given)[0], few), (gu.embed_texts, ["a fish", "a vase"])):
+    for embed, what in (
+        (lambda *given, **how: gu.embed_images(*given, **how)[0], few),
+        (gu.embed_texts, ["a fish", "a vase"]),
+    ):
         wanted = gu.unit_rows(embed(encoder, what, cache=False) @ matrix.T.astype(np.float32), "rows")
         np.testing.assert_allclose(embed(other, what, cache=False), wanted, atol=2e-5)
 

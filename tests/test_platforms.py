@@ -164,7 +164,7 @@ def test_of_two_installed_versions_the_one_that_python_imports_is_held(tmp_path,
         path.parent.mkdir(parents=True)
         path.write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
     monkeypatch.setattr(sys, "path", [str(tmp_path / "pip"), str(tmp_path / "debian"), *sys.path])
-    assert PREPARE.held()["some-package"] == "2.0"
+    assert PREPARE.list_held()["some-package"] == "2.0"
 
 
 def test_a_numpy_before_2_will_do():

@@ -505,7 +505,7 @@ def test_the_laptop_profile_needs_few_photographs_and_small_downloads():
     sources = {
         values.get("images") or values.get("train_images") for values in PROFILES["laptop"]["notebooks"].values()
     }
-    columns = {source for column in paper_tables.flowers_columns() for source in column[1:3] if source}
+    columns = {source for column in paper_tables.load_columns("flowers") for source in column[1:3] if source}
     assert (sources - {None}) | columns == {"flowers:train"}
     assert datasets.TABLE["flowers"]["splits"]["train"][0] <= 1200
 

@@ -299,17 +299,19 @@ def test_a_stopped_search_embeds_no_portion_twice(world, cache, monkeypatch):
     images = gu.embed_images(encoder, world.subset(np.arange(20)))[0]
     run, seen = gu.run_tower, []
 
-    def stopping(encoder, tower, batch):
+    def stopping(encoder, tower, batch, size):
         if len(seen) == 2:
             raise KeyboardInterrupt
         seen.append(list(batch))
-        return run(encoder, tower, batch)
+        return run(encoder, tower, batch, size)
 
     monkeypatch.setattr(gu, "run_tower", stopping)
     with pytest.raises(KeyboardInterrupt):
         caption_banks.find_captions(encoder, images, WORDS, 5, 3)
     seen.clear()
-    monkeypatch.setattr(gu, "run_tower", lambda e, tower, batch: (seen.append(list(batch)), run(e, tower, batch))[1])
+    monkeypatch.setattr(
+        gu, "run_tower", lambda e, tower, batch, size: (seen.append(list(batch)), run(e, tower, batch, size))[1]
+    )
     caption_banks.find_captions(encoder, images, WORDS, 5, 3)
     assert seen == [WORDS[6:9], WORDS[9:12]]
 

@@ -70,7 +70,7 @@ def references(tars, encoder):
 def embedded(tars, encoder, references, tmp_path_factory):
     """The four Parquet files, made without an engine, as an undisturbed run makes them."""
     output = tmp_path_factory.mktemp("embedded")
-    for name in storage.list_files_below(tars, ".tar"):
+    for name in storage.list_stored(tars, ".tar"):
         scale.embed_tar(encoder, references, str(tars), str(output), name)
     return output
 
@@ -78,7 +78,7 @@ def embedded(tars, encoder, references, tmp_path_factory):
 @pytest.fixture
 def output(embedded, tmp_path):
     """A copy of them, to change."""
-    for name in storage.list_files_below(embedded, ".parquet"):
+    for name in storage.list_stored(embedded, ".parquet"):
         storage.write_bytes(tmp_path / f"output/{name}.parquet", storage.read_bytes(embedded / f"{name}.parquet"))
     return tmp_path / "output"
 
@@ -88,7 +88,7 @@ def all_rows(output: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     folder = output / "embeddings"
     parts = [
         part
-        for name in storage.list_files_below(folder, ".parquet")
+        for name in storage.list_stored(folder, ".parquet")
         for part in storage.read_rows(f"{folder}/{name}.parquet")
     ]
     ids, vectors, bias = zip(*parts, strict=True)
@@ -99,7 +99,7 @@ def digests(output: Path) -> dict[str, str]:
     folder = output / "embeddings"
     return {
         name: hashlib.md5(storage.read_bytes(f"{folder}/{name}.parquet")).hexdigest()
-        for name in storage.list_files_below(folder, ".parquet")
+        for name in storage.list_stored(folder, ".parquet")
     }
 
 
@@ -188,7 +188,7 @@ def test_broken_tars_say_what_they_are_and_leave_no_file(tmp_path, world, encode
     for name, reason in reasons.items():
         with pytest.raises(storage.BrokenTar, match=rf"{name}.tar.*{reason}"):
             scale.embed_tar(encoder, None, str(tmp_path), str(tmp_path), name)
-    assert storage.list_files_below(tmp_path, ".parquet") == {} and not list(tmp_path.rglob("*.partial"))
+    assert storage.list_stored(tmp_path, ".parquet") == {} and not list(tmp_path.rglob("*.partial"))
 
 
 def test_a_file_that_cannot_be_written_leaves_nothing_behind(tmp_path):
@@ -327,7 +327,7 @@ def left_behind(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
 
 
 def test_the_command_embeds_all_names_what_is_broken_and_opens_no_port_but_to_itself(tars, embedded, tmp_path):
-    for name in (*storage.list_files_below(tars, ".tar"), "bad"):
+    for name in (*storage.list_stored(tars, ".tar"), "bad"):
         content = b"no tar" * 1000 if name == "bad" else storage.read_bytes(f"{tars}/{name}.tar")
         storage.write_bytes(tmp_path / f"in/{name}.tar", content)
     process = start(tmp_path / "in", tmp_path / "out", "--references", tars / "captions.txt", "--workers", 1)
@@ -493,7 +493,7 @@ def test_input_and_output_may_lie_in_object_storage(tars, embedded, tmp_path):
 import time
 from pathlib import Path
 from pyarrow import fs
-from gpnns_utils import storage
+from gpnns import storage
 for _ in range(100):
     try:
         fs.FileSystem.from_uri("s3://photos?allow_bucket_creation=true")[0].create_dir("photos")
@@ -504,7 +504,7 @@ for path in Path({str(tars)!r}).rglob("*.*"):
     storage.write("s3://photos/in/" + path.relative_to({str(tars)!r}).as_posix(), path.read_bytes())
 """
     download = f"""
-from gpnns_utils import scale, storage
+from gpnns import scale, storage
 for name in storage.files_below("s3://photos/out/embeddings", ".parquet"):
     storage.write({str(tmp_path)!r} + f"/embeddings/{{name}}.parquet", storage.read(f"s3://photos/out/embeddings/{{name}}.parquet"))
 print(scale.fill_table("s3://photos/out").count_rows())

@@ -92,7 +92,7 @@ def test_a_list_of_one_models_own_tensors_is_refused_and_copies_of_them_are_aver
     assert not torch.allclose(expected, copies[-1]["0.weight"])
 
 
-@pytest.mark.parametrize("method", ["average", "mixed", "lines", "model_stock"])
+@pytest.mark.parametrize("method", ["average", "mix_states", "lines", "model_stock"])
 def test_a_soup_shares_no_memory_with_its_ingredients_and_leaves_them_as_they_were(method):
     states = [{f"blocks.{key}": value for key, value in network(seed).state_dict().items()} for seed in range(3)]
     before = [{key: value.clone() for key, value in one.items()} for one in states]

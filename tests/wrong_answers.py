@@ -106,7 +106,7 @@ WRONG = {
             "by_group = published_tables.load_published('gpnns_table4')[2]['avg'] - published_tables.load_published('gpnns_table4')[0]['avg']"
         ],
         2: [
-            "column_of_mine = paper_tables.mini_columns()[1]",
+            "column_of_mine = paper_tables.load_columns('mini')[1]",
             "column_of_mine = ('name', 'mini:test', '', 'image_to_image', 'R@1')",
             "column_of_mine = ('mini:shifted', '', 'image_to_image', 'R@1')",
         ],

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 import gpnns_utils as gu
 from gpnns import soups, training
@@ -86,7 +87,8 @@ def load_parts(source: str | Path, seed: int = 0) -> Parts:
 def make_parts_of_splits(splits: splitting.Splits, source: str) -> Parts:
     """The parts that a source brings itself; in the drawn world captions of other things ask."""
     if source == "mini":
-        told = {"train": datasets.load("mini", "bank"), "validation": splits.text_validation, "test": splits.text_test}
+        bank = datasets.load_images("mini", "bank")
+        told = {"train": bank, "validation": splits.text_validation, "test": splits.text_test}
         return Parts(splits.question, splits.train, splits.validation, splits.test, told, splits.test[1], source)
     sets = {id(one): one for one in (splits.train, *splits.validation, *splits.test)}
     return make_parts(
@@ -510,7 +512,7 @@ def make_thumbnail(gallery: gu.ImageSet, row: int, good: float) -> str:
     return f"<img class='{mark}' src='{to_data_url(gallery[row])}' title='{name}' alt='{mark} {name}'>"
 
 
-def to_data_url(image) -> str:
+def to_data_url(image: Image.Image) -> str:
     """An image as a small JPEG inside of an address."""
     small, buffer = image.convert("RGB"), io.BytesIO()
     small.thumbnail((136, 136))

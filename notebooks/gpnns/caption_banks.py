@@ -5,6 +5,7 @@ a bank becomes a list -> its nearest captions for each image -> those near enoug
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
@@ -54,7 +55,7 @@ def choose_questions(encoder: gu.Encoder, images: gu.ImageSet, embeddings: np.nd
         return [images[row] for row in rows], embeddings[rows]
     told = [texts[0] for texts in images.captions or [] if texts]
     told = told or images.names or ["a person", "a building", "an animal", "a plant"]
-    texts = list(QUESTIONS) if images.drawn else list(dict.fromkeys(told))
+    texts = list(dict.fromkeys(QUESTIONS if images.drawn else told))
     texts = texts[:: max(1, len(texts) // 4)][:4]
     return texts, gu.embed_texts(encoder, texts)
 
@@ -93,24 +94,25 @@ def list_text_files(source: str | Path, folder: Path) -> list[Path]:
         raise FileNotFoundError(f"no captions at {source.absolute()}: give {known}")
     files, progress = [], gu.Progress(len(paths), "reading captions", "files")
     for path in paths:
-        files.append(convert_to_text(path, folder))
+        files.append(make_text_file(path, folder))
         progress.update(len(files))
     return files
 
 
-def convert_to_text(path: Path, folder: Path) -> Path:
+def make_text_file(path: Path, folder: Path) -> Path:
     """A text file with the captions of a file, there as a whole or not at all. Its name holds size and time of the original,
     so that a changed table is read again."""
-    if path.suffix.lower() == ".txt":
+    ending = path.suffix.lower()
+    if ending == ".txt":
         return path
     readers = {".tar": read_captions_in_tar, ".csv": read_captions_in_table, ".tsv": read_captions_in_table}
-    if path.suffix.lower() not in readers:
+    if ending not in readers:
         raise ValueError(f"{path} is no caption bank: it must end in .txt, {', '.join(readers)}")
     about = f"{path.resolve()} {path.stat().st_size} {path.stat().st_mtime_ns}"
     target = folder / f"{path.stem}-{hashlib.sha256(about.encode()).hexdigest()[:12]}.txt"
     if not target.exists():
-        lines = (" ".join(text.split()) + "\n" for text in readers[path.suffix.lower()](path))
-        gu.write_atomically(target, lambda file: file.writelines(line.encode() for line in lines))
+        lines = (f"{' '.join(text.split())}\n".encode() for text in readers[ending](path))
+        gu.write_atomically(target, lambda file: file.writelines(lines))
     return target
 
 
@@ -152,9 +154,7 @@ def find_captions(
     found. Where there are fewer captions than `top`, scores are -inf and rows -1. Prints what is cut or has no words.
     """
     if not encoder.has_text:
-        raise ValueError(
-            f"{encoder.name} has no text tower to find captions with; choose mini or an open_clip: encoder"
-        )
+        raise ValueError(f"{encoder.name} has no text tower to find captions with; choose mini or open_clip:...")
     best, found = np.full((len(images), top), -np.inf, np.float32), np.full((len(images), top), -1)
     wordless = cut = 0
     for first in range(0, len(captions), portion):
@@ -210,12 +210,11 @@ def get_words(texts: Sequence[str]) -> set[str]:
 def share_true_words(images: gu.ImageSet, rows: np.ndarray, captions: Sequence[str]) -> np.ndarray:
     """The share of a found caption's words that the image's own captions have too, (n, top); NaN where there is no caption
     or nothing is known of the image. rows: (n, top) into `captions`, -1 for none."""
-    known, words, shares = images.captions or [[]] * len(images), {}, np.full(rows.shape, np.nan)
-    for image, own in enumerate(map(get_words, known)):
-        for place, row in enumerate(rows[image].tolist()):
-            if own and row >= 0:
-                told = words.setdefault(row, get_words([captions[row]]))
-                shares[image, place] = len(told & own) / max(len(told), 1)
+    shares, words_of = np.full(rows.shape, np.nan), functools.cache(lambda row: get_words([captions[row]]))
+    for image, own in enumerate(map(get_words, images.captions or [])):
+        for place in np.flatnonzero(rows[image] >= 0) if own else ():
+            told = words_of(int(rows[image, place]))
+            shares[image, place] = len(told & own) / max(len(told), 1)
     return shares
 
 

@@ -6,19 +6,18 @@ notebook 09 draws what a laptop is not asked to wait for. It takes about twenty 
 
 from __future__ import annotations
 
-import csv
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 import gpnns_utils as gu
-from gpnns import scale
+from gpnns import published_tables, scale, storage
+from gpnns_utils import Array
 
-Array = np.ndarray
 PART = 100_000  # rows that are drawn, biased and written at a time
 SIZES = (10_000, 30_000, 100_000, 300_000, 1_000_000, 3_000_000)
 SETTINGS = [(bits, probes, refine) for bits in (1, 3) for probes in (20, 50, 100, 200) for refine in (1, 10, 50, 200)]
@@ -55,20 +54,13 @@ def make_queries(encoder: gu.Encoder, count: int = 200) -> dict[str, Array]:
     }
 
 
-def make_table(folder: str | Path, gallery: Array, bias: Array):
+def make_table(folder: str | Path, gallery: Array, bias: Array) -> Any:
     """A table whose ids are row numbers, written part by part."""
     import lancedb  # only now: `scale` must have told it to keep its warnings to itself
 
-    ids = [np.arange(first, min(first + PART, len(gallery))) for first in range(0, len(gallery), PART)]
-    parts = (scale.make_table_rows(rows.astype(str), gallery[rows], bias[rows]) for rows in ids)
-    first = scale.make_table_rows(["0"], gallery[:1], bias[:1])
-    reader = pa.RecordBatchReader.from_batches(first.schema, (batch for part in parts for batch in part.to_batches()))
-    return lancedb.connect(folder).create_table("images", reader, mode="overwrite")
-
-
-def share_found(right: Array, ids: Array) -> float:
-    """The share of the right ids, (queries, k), that is among those found."""
-    return float(np.mean([len({*a} & {*b}) / len(a) for a, b in zip(right, ids, strict=True)]))
+    rows = (np.arange(first, min(first + PART, len(gallery))) for first in range(0, len(gallery), PART))
+    parts = (scale.make_table_rows(part.astype(str), gallery[part], bias[part]) for part in rows)
+    return lancedb.connect(folder).create_table("images", storage.make_reader(parts), mode="overwrite")
 
 
 def measure_index(
@@ -90,23 +82,16 @@ def measure_index(
         table.create_index("vector", config=lancedb.index.IvfRq("dot", num_bits=bits, target_partition_size=4096))
         build = time.perf_counter() - start
         size = sum(file.stat().st_size for file in {*folder.rglob("_indices/*/*")} - earlier)
+        costs = {"exact_ms": 1e3 * exact, "build_seconds": build, "index_mb": size / 1e6}
         for probes, refine in [setting[1:] for setting in settings if setting[0] == bits]:
             for kind in right:
                 start = time.perf_counter()
                 _, ids = scale.search_table(table, asked[kind], 10, probes, refine)
                 seconds = (time.perf_counter() - start) / len(ids)
-                lines.append(
-                    {"rows": len(gallery), "queries": kind, "bits": bits, "probes": probes, "refine": refine}
-                    | {
-                        "recall": round(share_found(right[kind], ids), 4),
-                        "share_of_exact_time": round(seconds / exact, 4),
-                    }
-                    | {
-                        "exact_ms": round(1e3 * exact, 1),
-                        "build_seconds": round(build, 1),
-                        "index_mb": round(size / 1e6, 1),
-                    }
-                )
+                line = {"rows": len(gallery), "queries": kind, "bits": bits, "probes": probes, "refine": refine}
+                shares = {"recall": gu.neighbour_recall(ids, right[kind]), "share_of_exact_time": seconds / exact}
+                line |= {name: round(value, 4) for name, value in shares.items()}
+                lines.append(line | {name: round(value, 1) for name, value in costs.items()})
     return lines
 
 
@@ -119,10 +104,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             lines += measure_index(Path(folder), gallery, asked)
         print(*lines[-2:], sep="\n", flush=True)
-        with open(gu.DATA / "larger_tables.csv", "w", newline="") as file:
-            writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(lines)
+        published_tables.write_numbers(gu.DATA / "larger_tables.csv", lines)
 
 
 if __name__ == "__main__":

@@ -53,10 +53,8 @@ class ArcMargin(torch.nn.Module):
         if np.ndim(margin) and np.shape(margin) != (classes,):
             raise ValueError(f"margin has the shape {np.shape(margin)}; give one number, or one for each of {classes}")
         if not (np.isfinite(margin).all() and np.min(margin) >= 0 and np.max(margin) <= np.pi / 2):
-            raise ValueError(
-                f"margin={margin} is no angle in radians from 0 to {np.pi / 2:.2f}; 20 degrees are {np.radians(20):.2f}, and "
-                "papers have 0.1 to 0.5"
-            )
+            hint = f"20 degrees are {np.radians(20):.2f}, and papers have 0.1 to 0.5"
+            raise ValueError(f"margin={margin} is no angle in radians from 0 to {np.pi / 2:.2f}; {hint}")
         if not 0 < scale < math.inf:
             raise ValueError(f"scale={scale} sharpens no softmax; papers have 20 to 64")
         if start is not None and np.shape(start) != (classes, dim):

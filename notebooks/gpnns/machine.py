@@ -15,6 +15,7 @@ import uuid
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -79,7 +80,7 @@ def in_notebook() -> bool:
     return getattr(ipython and ipython.get_ipython(), "kernel", None) is not None
 
 
-def display_over(handle, thing):
+def display_over(handle: Any, thing: Any) -> Any:
     """Show `thing` in place of what `handle` shows, or anew for None; returns the handle."""
     from IPython.display import display
 

@@ -11,6 +11,7 @@ import contextlib
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -26,7 +27,6 @@ CHOICES = {
     "protocol": ("", "own", "paper"),
 }
 COUNTS = ("k", "batch_size", "accumulate", "reference_images", "chunk", "top", "steps")
-PAIRS = ("margin",)  # a number, or two: for the most and for the least frequent classes
 SHARES = ("flip", "patch_dropout", "ema", "beta2", "caption_weight")
 
 
@@ -44,9 +44,7 @@ def take_parameters(notebook: str, given: dict) -> dict:
     typed = {name: value for name, value in typed.items() if "." in name or value != defaults[name]}
     profile = convert("mini", given["profile"], "profile").strip()
     if not re.fullmatch(r"\w[\w. -]*", profile):
-        raise ValueError(
-            f"profile names the folder of results, runs/{profile}: letters, digits, - and _, not {profile!r}"
-        )
+        raise ValueError(f"profile names the folder of results: letters, digits, - and _, not {profile!r}")
     if profile not in files:
         print(f"profile {profile}: a name for results only; with parameters of their own: {', '.join(files)}")
         return nest(defaults | typed) | {"profile": profile}
@@ -95,10 +93,10 @@ def nest(flat: dict) -> dict:
     return nested
 
 
-def convert(default, value, name: str, where: str = ""):
+def convert(default: Any, value: Any, name: str, where: str = "") -> Any:
     """`value` as the kind that `default` is; ValueError with the parameter's name and what it may be."""
     head, _, short = name.rpartition(".")
-    if short in PAIRS and isinstance(value, list) and len(value) == 2:
+    if short == "margin" and isinstance(value, list) and len(value) == 2:  # for the most and the least frequent classes
         return [convert(default, number, name, where) for number in value]
     name += where
     try:
@@ -119,7 +117,7 @@ def convert(default, value, name: str, where: str = ""):
     return value
 
 
-def convert_to_text(value) -> str:
+def convert_to_text(value: Any) -> str:
     if isinstance(value, bool | int | float):
         print(f"{value!r} is taken as text; where papermill changed it (007 becomes 7), give it with -r instead of -p")
         return str(value)
@@ -128,7 +126,7 @@ def convert_to_text(value) -> str:
     return value
 
 
-def convert_to_list(value) -> list[str]:
+def convert_to_list(value: Any) -> list[str]:
     """A list, or text: names with commas between them, or a list in brackets as JSON, YAML and Python write it."""
     if isinstance(value, str) and value.strip().startswith("["):
         try:
@@ -141,21 +139,21 @@ def convert_to_list(value) -> list[str]:
     return [text for one in listed if (text := convert_to_text(one).strip())]
 
 
-def convert_to_switch(value) -> bool:
+def convert_to_switch(value: Any) -> bool:
     word = str(value).strip().lower()
     if word not in ("true", "yes", "on", "1", "false", "no", "off", "0"):
         raise ValueError("True or False")
     return word in ("true", "yes", "on", "1")
 
 
-def convert_to_whole(value) -> int:
+def convert_to_whole(value: Any) -> int:
     number = convert_to_number(value, "a whole number")
     if number != int(number):
         raise ValueError("a whole number")
     return int(number)
 
 
-def convert_to_number(value, kind: str = "a number") -> float:
+def convert_to_number(value: Any, kind: str = "a number") -> float:
     with contextlib.suppress(ValueError, TypeError):
         if not isinstance(value, bool) and math.isfinite(float(value)):
             return float(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from pathlib import Path
 
 import gpnns_utils as gu
@@ -25,6 +26,15 @@ def read_numbers(path: Path) -> list[dict]:
     with open(path, encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     return [{key: None if value == "" else parse_number(value) for key, value in row.items()} for row in rows]
+
+
+def write_numbers(path: Path, rows: list[dict]) -> None:
+    """Write rows of the same columns as a table that `read_numbers` reads, whole or not at all."""
+    text = io.StringIO()
+    table = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    gu.write_atomically(path, lambda file: file.write(text.getvalue().encode()))
 
 
 def load_curve(name: str) -> list[dict]:

@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 COURSE = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]  # of a checkout that nobody installed
 sys.path[:0] = [folder for folder in COURSE if folder not in sys.path]
@@ -58,9 +59,11 @@ class Worker:  # in each process of the engine: it loads the encoder once, then 
             return json.dumps({"tar": name, "broken": str(error)})
 
 
-def embed_all(encoder: str, references: Array | None, source: str, output: str, workers: int = 0, gpus: float = 0):
+def embed_all(
+    encoder: str, references: Array | None, source: str, output: str, workers: int = 0, gpus: float = 0
+) -> list[dict]:
     """Every tar below `source` that has no Parquet file yet, by Daft's workers (0: one a core); the facts of each."""
-    tars, done = storage.list_files_below(source, ".tar"), storage.list_files_below(f"{output}/embeddings", ".parquet")
+    tars, done = storage.list_stored(source, ".tar"), storage.list_stored(f"{output}/embeddings", ".parquet")
     if not tars:
         raise ValueError(f"there is no .tar file in {source}; pack the images into webdataset tars first")
     workers, todo, facts = workers or os.cpu_count(), [name for name in tars if name not in done], []
@@ -86,16 +89,17 @@ def make_table_rows(ids: list[str], vectors: Array, bias: Array) -> pa.Table:
     return pa.table({"id": ids, "vector": storage.make_vector_column(pad_vectors(vectors, bias))})
 
 
-def put_rows(table, rows) -> None:  # known ids are replaced and new ones added, so that none is there twice
+def put_rows(table: Any, rows: pa.Table | pa.RecordBatchReader) -> None:
+    """Replace rows of known ids and add new ones, so that no id is there twice."""
     table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all().execute(rows)
 
 
-def fill_table(output: str, indexed: int = 100_000):
+def fill_table(output: str, indexed: int = 100_000) -> Any:
     """The table, after files that are new or were made again are put in; from `indexed` rows on it has an index."""
     import lancedb  # not before the engine starts its processes: the two do not mix
 
     folder, base = f"{output}/embeddings", lancedb.connect(f"{output}/table")
-    there, filled = storage.list_files_below(folder, ".parquet"), storage.read_settings(f"{output}/table/filled.json")
+    there, filled = storage.list_stored(folder, ".parquet"), storage.read_settings(f"{output}/table/filled.json")
     new = [name for name, stamp in there.items() if filled.get(name) != stamp]
     for group in (new[first : first + 100] for first in range(0, len(new), 100)):
         for name in {*group} & {*filled}:  # made again, perhaps of fewer images
@@ -114,7 +118,7 @@ def fill_table(output: str, indexed: int = 100_000):
     return table
 
 
-def search_table(table, queries: Array, k: int = 10, probes: int = 0, refine: int = 1) -> tuple[Array, Array]:
+def search_table(table: Any, queries: Array, k: int = 10, probes: int = 0, refine: int = 1) -> tuple[Array, Array]:
     """Scores and ids (queries, k) of the nearest, -inf and "" where there are fewer. probes: cells read; 0 for all rows."""
     scores, ids = np.full((len(queries), k), -np.inf, np.float32), np.full((len(queries), k), "", object)
     for row, query in enumerate(pad_vectors(queries)):

@@ -133,10 +133,8 @@ def check_fit(states: Sequence[State]) -> None:
             told = f"they differ in {', '.join(odd[:3])} ({len(odd)} tensors)"
             raise ValueError(f"checkpoint 0 and checkpoint {number} are not of one architecture; {told}")
     if key := find_shared_memory(states):
-        why = "they are one model's own tensors, and their mean is what was loaded last"
-        raise ValueError(
-            f"{key} is the same memory in several state dicts: {why}. clone() them, or read them from files"
-        )
+        why = "they are one model's own tensors, and their mean is what was loaded last. clone() them, or read files"
+        raise ValueError(f"{key} is the same memory in several state dicts: {why}")
 
 
 def find_shared_memory(states: Sequence[State]) -> str | None:

@@ -29,22 +29,17 @@ from gpnns.images import image_set
 Array = np.ndarray
 
 
-# --- files -----------------------------------------------------------------------------------------------------------
-
-
 def find_place(address: str | Path) -> tuple[fs.FileSystem, str]:
     """The file system of an address, and the path in it. ValueError for an address with settings behind a question mark."""
     kind, distant, path = str(address).partition("://")
     if not distant:
         return fs.LocalFileSystem(), Path(address).expanduser().absolute().as_posix()
     if "?" in path:
-        raise ValueError(
-            f"{address}: leave out what follows the ?; AWS_ENDPOINT_URL names another service than Amazon's"
-        )
+        raise ValueError(f"{address}: leave out what follows the ?; AWS_ENDPOINT_URL names a service of your own")
     return fs.FileSystem.from_uri(f"{kind}://{quote(path)}")
 
 
-def list_files_below(address: str | Path, ending: str) -> dict[str, str]:
+def list_stored(address: str | Path, ending: str) -> dict[str, str]:
     """The files below a folder whose names end so, sorted: their paths from there on, without the ending, and for each
     what changes when it is written again, its size and time."""
     files, top = find_place(address)
@@ -94,9 +89,6 @@ def check_same_settings(output: str | Path, settings: dict) -> None:
         write_bytes(f"{output}/settings.json", json.dumps(settings, indent=1).encode())
 
 
-# --- tars of images --------------------------------------------------------------------------------------------------
-
-
 class BrokenTar(ValueError):
     """A tar that cannot be read to its end."""
 
@@ -124,9 +116,6 @@ def read_tar_images(tar: str | Path) -> Iterator[tuple[str, Image.Image | None]]
         raise BrokenTar(f"{tar} is no tar, or a broken one ({error}); make it again") from error
 
 
-# --- Parquet files of embeddings -------------------------------------------------------------------------------------
-
-
 def make_vector_column(vectors: Array) -> pa.Array:
     """Vectors (n, d) as a column of lists of one length."""
     return pa.array(list(vectors), pa.list_(pa.float32(), vectors.shape[1]))
@@ -134,11 +123,9 @@ def make_vector_column(vectors: Array) -> pa.Array:
 
 def write_rows(address: str | Path, ids: Sequence[str], vectors: Array, bias: Array, facts: dict) -> dict:
     """One Parquet file: an id, a vector and a bias for each image, and the facts, which it returns, in its metadata."""
-    rows = pa.table(
-        {"id": pa.array(ids, pa.string()), "vector": make_vector_column(vectors), "bias": pa.array(bias, pa.float32())}
-    )
-    content = BytesIO()
-    pq.write_table(rows.replace_schema_metadata({"facts": json.dumps(facts)}), content)
+    columns = [pa.array(ids, pa.string()), make_vector_column(vectors), pa.array(bias, pa.float32())]
+    rows, content = pa.table(columns, ["id", "vector", "bias"], metadata={"facts": json.dumps(facts)}), BytesIO()
+    pq.write_table(rows, content)
     write_bytes(address, content.getvalue())
     return facts
 

@@ -19,16 +19,18 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 
-import accelerate
 import cloudpickle
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import broadcast, broadcast_object_list, gather_object, recursively_apply, send_to_device
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
+from torch import Tensor
+from torch.nn import Module
 from torch.utils.data import Dataset, default_collate
 
 import gpnns_utils as gu
@@ -55,7 +57,7 @@ class Repeatable(Dataset):
 
 def to_arrays(items: list) -> list:
     """The items of a batch with arrays in place of tensors, as `read_in_workers` sends them."""
-    return recursively_apply(torch.Tensor.numpy, items)
+    return recursively_apply(Tensor.numpy, items)
 
 
 def mix_seeds(*numbers: int) -> int:
@@ -85,11 +87,8 @@ def draw_batches(
         yield [(epoch if balance is None else epoch * count + i, int(order[i])) for i in places]
 
 
-# --- the loop --------------------------------------------------------------------------------------------------------
-
-
 def fit(
-    objective: torch.nn.Module,
+    objective: Module,
     dataset: Dataset,
     folder: str | Path,
     groups: list[dict],
@@ -152,11 +151,8 @@ def fit(
 
     first, last = step * accumulate, steps * accumulate
     share = draw_batches(len(dataset), batch_size, first, last, seed, labels, process, accelerator.num_processes)
-    workers = (
-        decoding.count_decoders(dataset.images, len(dataset))
-        if isinstance(dataset, training_data.TrainingImages)
-        else 0
-    )
+    files = isinstance(dataset, training_data.TrainingImages)
+    workers = decoding.count_decoders(dataset.images, len(dataset)) if files else 0
     loader = decoding.read_in_workers(repeatable, share, workers, to_arrays)
     progress = gu.Progress(last * batch_size, "training", done=first * batch_size)
     losses, started, picture, drawn = [], time.time(), None, 0.0
@@ -225,11 +221,8 @@ def check_settings(groups: list[dict], epochs: float, clip: float, ema: float) -
         raise ValueError(f"ema={ema} averages no weights; choose a decay between 0 and 1, such as 0.999, or 0 for none")
 
 
-# --- several processes -----------------------------------------------------------------------------------------------
-
-
 def fit_in_processes(
-    objective: torch.nn.Module, dataset: Dataset, folder: str | Path, groups: list[dict], processes: int = 1, **settings
+    objective: Module, dataset: Dataset, folder: str | Path, groups: list[dict], processes: int = 1, **settings
 ) -> list[dict]:
     """`fit` on several GPUs from within a notebook, each of the processes on one; 0 for all GPUs there are.
 
@@ -249,29 +242,26 @@ def fit_in_processes(
 
 def fit_in_process(rank: int, processes: int, port: int, work: bytes) -> None:
     """One of the processes of `fit_in_processes`; accelerate finds the others by these variables."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in place.items()}
     objective, dataset, folder, groups, settings = cloudpickle.loads(work)
     fit(objective, dataset, folder, groups, **settings)
     torch.distributed.destroy_process_group()
 
 
-# --- its parts -------------------------------------------------------------------------------------------------------
-
-
-def start_accelerator(objective: torch.nn.Module, accumulate: int) -> accelerate.Accelerator:
+def start_accelerator(objective: Module, accumulate: int) -> Accelerator:
     """accelerate for this process, in the precision that the device gains from; all processes get the first's weights."""
     device = next(objective.parameters()).device
     precision = {torch.float16: "fp16", torch.bfloat16: "bf16", None: "no"}[gu.best_precision(device)]
-    patience = [accelerate.InitProcessGroupKwargs(timeout=timedelta(hours=12))]  # others wait while one validates
+    patience = [InitProcessGroupKwargs(timeout=timedelta(hours=12))]  # others wait while one validates
     options = {"mixed_precision": precision, "gradient_accumulation_steps": accumulate, "kwargs_handlers": patience}
-    accelerator = accelerate.Accelerator(cpu=device.type == "cpu", **options)
+    accelerator = Accelerator(cpu=device.type == "cpu", **options)
     for value in objective.to(accelerator.device).state_dict().values():
         value.copy_(broadcast(value))
     return accelerator
 
 
-def count_steps_per_epoch(accelerator: accelerate.Accelerator, dataset: Dataset, batch_size: int) -> float:
+def count_steps_per_epoch(accelerator: Accelerator, dataset: Dataset, batch_size: int) -> float:
     """Steps in which an epoch passes by, a last incomplete batch left out. ValueError where not even one is filled."""
     accumulate, processes = accelerator.gradient_accumulation_steps, accelerator.num_processes
     if len(dataset) < batch_size * accumulate or batch_size % processes:
@@ -280,7 +270,7 @@ def count_steps_per_epoch(accelerator: accelerate.Accelerator, dataset: Dataset,
     return len(dataset) // batch_size / accumulate
 
 
-def freeze_the_rest(objective: torch.nn.Module, groups: list[dict]) -> list[dict]:
+def freeze_the_rest(objective: Module, groups: list[dict]) -> list[dict]:
     """Leave to train what `groups` hold, and nothing else; the groups as AdamW takes them, parameters listed."""
     groups = [{**group, "params": list(group["params"])} for group in groups]
     chosen = {id(value) for group in groups for value in group["params"]}
@@ -291,9 +281,7 @@ def freeze_the_rest(objective: torch.nn.Module, groups: list[dict]) -> list[dict
     return groups
 
 
-def hash_training(
-    objective: torch.nn.Module, dataset: Repeatable, groups: list, settings: list, process: int = 0
-) -> str:
+def hash_training(objective: Module, dataset: Repeatable, groups: list, settings: list, process: int = 0) -> str:
     """A hash that tells one training from another: settings, first weights, images, labels, and a first loss."""
     if not hasattr(dataset.dataset, "describe"):
         raise ValueError("the data set needs describe(): bytes that change when its items do, to tell trainings apart")
@@ -308,14 +296,14 @@ def hash_training(
     rows = np.linspace(0, count - 1, min(count, 8)).astype(int)
     _, batch = default_collate([dataset[0, int(row)] for row in rows])
     for part in batch:
-        digest.update(part.numpy().tobytes() if isinstance(part, torch.Tensor) else repr(part).encode())
+        digest.update(part.numpy().tobytes() if isinstance(part, Tensor) else repr(part).encode())
     with torch.no_grad():
         loss = objective(*send_to_device(batch, next(objective.parameters()).device))
     digest.update(f"{loss.item():.3g}".encode())
     return digest.hexdigest()
 
 
-def check_shared_folder(accelerator: accelerate.Accelerator, folder: Path) -> None:
+def check_shared_folder(accelerator: Accelerator, folder: Path) -> None:
     """OSError in every process, before the first step, unless all of them see the first one's files in `folder`.
 
     Each node reads its checkpoints and the best weights there; without a shared folder that fails hours later.
@@ -340,7 +328,7 @@ def find_checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("step_*"))
 
 
-def resume(accelerator: accelerate.Accelerator, folder: Path) -> tuple[int, list[dict]]:
+def resume(accelerator: Accelerator, folder: Path) -> tuple[int, list[dict]]:
     """Load the last checkpoint in `folder`, if there is one: the steps that were taken, and the log of those."""
     if not (found := find_checkpoints(folder)):
         return 0, []
@@ -354,7 +342,7 @@ def resume(accelerator: accelerate.Accelerator, folder: Path) -> tuple[int, list
 
 
 @contextlib.contextmanager
-def name_damage(path: Path):
+def name_damage(path: Path) -> Iterator[None]:
     """Turn whatever a damaged file leads to into a ValueError that names it and says what to delete."""
     try:
         yield
@@ -365,7 +353,7 @@ def name_damage(path: Path):
         raise ValueError(f"{what}; delete the folder {path.parent} and run again, to train anew") from error
 
 
-def set_training_mode(objective: torch.nn.Module) -> None:
+def set_training_mode(objective: Module) -> None:
     """Training mode, except for modules that are frozen as a whole, and for batch norm: the statistics that a pretrained
     network has are better than those of a few thousand images of one kind. With new ones the drawn letters of Omniglot were
     found less well than before any training (mAP 44.0, then 37.9), with the old ones far better (61.5)."""
@@ -377,7 +365,7 @@ def set_training_mode(objective: torch.nn.Module) -> None:
             module.eval()
 
 
-def check_finite(accelerator, value: torch.Tensor, what: str, step: int, rows: torch.Tensor, folder: Path) -> float:
+def check_finite(accelerator: Accelerator, value: Tensor, what: str, step: int, rows: Tensor, folder: Path) -> float:
     """The mean over processes of a value that must be finite, or FloatingPointError in all of them."""
     values = accelerator.gather(value.detach().reshape(1)).tolist()
     if not np.isfinite(values).all():
@@ -387,7 +375,7 @@ def check_finite(accelerator, value: torch.Tensor, what: str, step: int, rows: t
     return float(np.mean(values))
 
 
-def clip_gradients(accelerator, objective: torch.nn.Module, clip: float) -> torch.Tensor:
+def clip_gradients(accelerator: Accelerator, objective: Module, clip: float) -> Tensor:
     """Scale the gradient of each child of the objective down to the norm `clip`; the largest norm there was.
 
     The encoder and the proxies apart, as GP-NNS does, but after the scale of half precision is taken off.
@@ -399,11 +387,12 @@ def clip_gradients(accelerator, objective: torch.nn.Module, clip: float) -> torc
 
 
 def validate_weights(
-    accelerator, objective, average: ModelEmaV3 | None, validate: Callable, log: list, folder: Path
+    accelerator: Accelerator, objective: Module, average: ModelEmaV3 | None, validate: Callable, log: list, folder: Path
 ) -> float:
     """validate() of the averaged weights if there are any, which are kept when it is the best so far; computed by the
     first process, known to all."""
-    own = copy.deepcopy(objective.eval().state_dict()) if average else None
+    objective.eval()
+    own = copy.deepcopy(objective.state_dict()) if average else None
     try:
         if average:
             objective.load_state_dict(average.module.state_dict())
@@ -420,7 +409,7 @@ def validate_weights(
     return float(value)
 
 
-def save_state(accelerator, folder: Path, step: int) -> None:
+def save_state(accelerator: Accelerator, folder: Path, step: int) -> None:
     """A checkpoint of everything, there as a whole or not at all; then the one before it is removed."""
     partial, final = folder / "partial", folder / f"step_{step:08d}"
     try:
@@ -442,21 +431,16 @@ def save_state(accelerator, folder: Path, step: int) -> None:
     accelerator.wait_for_everyone()
 
 
-def draw_training(log: list[dict], handle=None):
+def draw_training(log: list[dict], handle: object = None) -> object:
     """The log as curves by epoch, drawn over the picture of `handle`; returns the handle (None outside a notebook)."""
     if not gu.in_notebook():
         return None
-    titles = {
-        "loss": "loss",
-        "validation": "validation mAP (%)",
-        "rate": "rate",
-        "images_per_second": "images per second",
-    }
-    shown = {key: rows for key in titles if (rows := [row for row in log if key in row])}
+    keys = ("loss", "validation", "rate", "images_per_second")
+    shown = {key: rows for key in keys if (rows := [row for row in log if key in row])}
     figure, axes = plt.subplots(1, len(shown), figsize=(2.1 * len(shown), 1.8), squeeze=False)
     for axis, (key, rows) in zip(axes[0], shown.items(), strict=True):
         axis.plot([row["epoch"] for row in rows], [row[key] for row in rows], "o-" if key == "validation" else "-")
-        axis.set_title(titles[key], fontsize=9)
+        axis.set_title("validation mAP (%)" if key == "validation" else key.replace("_", " "), fontsize=9)
         axis.tick_params(labelsize=8)
         axis.set(xlabel="epochs", ylim=(0, None) if key == "images_per_second" else None)
     plt.close(figure)

@@ -4,15 +4,13 @@ Each claim is a difference to its control: query by query, after the mean over s
 come from `claims/` (measure_claims.py, which trains what is missing there): with what the course ships this takes
 half a minute, without it four to five hours on two cores, in parts that each go on after a break.
 
-statistics -> claims -> curves -> files
+statistics -> claims: what makes a line of each -> curves: of each point the curve, line, label, x, and y with its
+interval -> files
 """
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -21,8 +19,6 @@ from scipy.stats import bootstrap, skew
 import gpnns_utils as gu
 from gpnns import published_tables
 from gpnns.claims import measure_claims as mc
-
-# --- statistics ------------------------------------------------------------------------------------------------------
 
 
 def get_points(results: list[dict], task: str) -> np.ndarray:
@@ -61,8 +57,8 @@ def compare_results(
     return Difference(score.mean, *score.interval(classes), tuple(each.mean(axis=1)))
 
 
-def compare(method: str, control: str = "base", task: str = "image", **options) -> Difference:
-    """`compare_results` of two models by name."""
+def get_gain(method: str, control: str = "base", task: str = "image", **options) -> Difference:
+    """What a model gains over another, both by name; options: of `compare_results`."""
     found = mc.score_models()
     return compare_results(found[method], found[control], task, **options)
 
@@ -77,42 +73,32 @@ def make_claim(
     return line | {"condition": f"by seed {', '.join(f'{value:+.1f}' for value in found.seeds)}; {condition}"}
 
 
-# --- claims: what makes a line of each -------------------------------------------------------------------------------
-
-
 def list_loss_claims() -> Iterator[tuple]:
-    paper, source = {}, "GP-NNS, Table 4"
-    for line in published_tables.load_published("gpnns_table4"):
-        if line["model"] == "CLIP ViT-B":
-            paper[line["loss"]] = line["avg"]
+    published, source = published_tables.load_published("gpnns_table4"), "GP-NNS, Table 4"
+    paper = {line["loss"]: line["avg"] for line in published if line["model"] == "CLIP ViT-B"}
     base, domains = get_points(mc.score_models()["base"], "image"), mc.load_images_of("test").groups
     lifts, swept = "ArcMargin lifts image search for unseen classes", ", ".join(f"{rate:g}" for rate in mc.RATES)
     condition = f"base {base.mean():.1f} mAP; rates chosen among {swept}"
-    yield lifts, source, paper["ArcMargin"] - paper["-"], compare("arcmargin"), condition
+    yield lifts, source, paper["ArcMargin"] - paper["-"], get_gain("arcmargin"), condition
     for domain in dict.fromkeys(domains.tolist()):
         condition = f"base {base[:, domains == domain].mean():.1f} mAP"
-        yield f"{lifts}: {domain}", source, None, compare("arcmargin", domain=domain), condition
-    margin, unit = compare("arcmargin", "margin 0"), compare("margin 0", "softmax")
+        yield f"{lifts}: {domain}", source, None, get_gain("arcmargin", domain=domain), condition
+    margin, unit = get_gain("arcmargin", "margin 0"), get_gain("margin 0", "softmax")
     condition = f"unit vectors and scale gain {unit} over a plain softmax"
     yield "The margin itself helps, beyond unit vectors and scale", source, None, margin, condition
     for way, name, column in (("proxyanchor", "ProxyAnchor", "ProxyAnchor"), ("softmax", "a plain softmax", "SCE")):
-        condition = f"{name.removeprefix('a plain ')} gains {compare(way)} over the base"
+        condition = f"{name.removeprefix('a plain ')} gains {get_gain(way)} over the base"
         effect = paper["ArcMargin"] - paper[column]
-        yield f"ArcMargin lifts more than {name}", source, effect, compare("arcmargin", way), condition
-    adaptive, one = compare("adaptive, long tail", "arcmargin, long tail"), compare("arcmargin, long tail")
+        yield f"ArcMargin lifts more than {name}", source, effect, get_gain("arcmargin", way), condition
+    adaptive, one = get_gain("adaptive, long tail", "arcmargin, long tail"), get_gain("arcmargin, long tail")
     lowest, highest = mc.OPTIONS[mc.list_models()["adaptive, long tail"][1][0]["way"]]
     condition = f"classes of 2 to 45 images; margins {lowest} to {highest} won on validation; one margin gains {one}"
-    yield (
-        "Margins by class size beat one margin on a long tail",
-        "GUIE, 4th place",
-        None,
-        adaptive,
-        f"{condition} over the base",
-    )
-    centers = compare("sub-centers, wrong labels", "arcmargin, wrong labels")
-    cost = compare("arcmargin, wrong labels", "arcmargin")
+    condition, source = f"{condition} over the base", "GUIE, 4th place"
+    yield "Margins by class size beat one margin on a long tail", source, None, adaptive, condition
+    centers = get_gain("sub-centers, wrong labels", "arcmargin, wrong labels")
+    cost = get_gain("arcmargin, wrong labels", "arcmargin")
     condition = f"a tenth of the labels is wrong, which costs ArcMargin {cost}"
-    yield "Sub-centers beat one center on wrong labels", "GUIE, 4th place", None, centers, condition
+    yield "Sub-centers beat one center on wrong labels", source, None, centers, condition
 
 
 def list_text_claims() -> Iterator[tuple]:
@@ -126,13 +112,13 @@ def list_text_claims() -> Iterator[tuple]:
         gentle[kind] = f"most text is kept with seed 0 by {line}, {label}: {kept}, images {x:+.1f}"
 
     def gain(method: str, control: str = "base") -> Difference:
-        return compare(method, control, "text R@5")
+        return get_gain(method, control, "text R@5")
 
-    options, images = mc.list_models()["mcip"][1][0], compare("image-only")
+    options, images = mc.list_models()["mcip"][1][0], get_gain("image-only")
     two_sft, realigned = gain("image-only+realigned"), gain("base+realigned")
     condition = f"R@5 of {len(mc.load_images_of('captions')):,} texts; images gain {images}"
-    lost, claim = gain("base", "image-only"), "Image-only tuning loses text search: points lost"
-    yield claim, source, base - plain, lost, condition
+    lost = gain("base", "image-only")
+    yield "Image-only tuning loses text search: points lost", source, base - plain, lost, condition
     back, condition = gain("image-only+realigned", "image-only"), "the images stay where they are"
     yield "2SFT wins back text search that image-only tuning lost", source, two - plain, back, condition
     condition = f"control: the base, realigned on the same pairs, gains {realigned}; {gentle['2SFT']}"
@@ -143,7 +129,7 @@ def list_text_claims() -> Iterator[tuple]:
     condition = f"above image-only {gain('mcip', 'image-only')}; share {options['weight']}, rate {options['rate']:g}"
     yield claim, source, mcip - base, gain("mcip"), f"{condition}; {gentle['MCIP']}", -mc.TEXT_STAYS
     claim = f"MCIP stays within {mc.WITHIN} mAP of image-only tuning in image search"
-    images = compare("mcip", "image-only")
+    images = get_gain("mcip", "image-only")
     condition = "the setting with the best text on validation of those that stay there"
     yield claim, source, -0.1, images, condition, -mc.WITHIN
     beats = gain("mcip+realigned", "image-only+realigned")
@@ -159,21 +145,21 @@ def list_soup_claims() -> Iterator[tuple]:
 
     def gain(task: str, control: str, start: str = first) -> Difference:
         """Of a soup, or of the ensemble in its place."""
-        return compare(f"soup {start}", f"{control} {start}", task, control_task="image")
+        return get_gain(f"soup {start}", f"{control} {start}", task, control_task="image")
 
-    long, longer = compare(f"long run {first}", f"single {first}"), compare(f"long run {last}", f"start {last}")
+    long, longer = get_gain(f"long run {first}", f"single {first}"), get_gain(f"long run {last}", f"start {last}")
     takes = " and ".join(str(len(result["greedy takes"])) for result in mc.score_models()[f"soup {first}"])
     condition = (
-        f"it takes {takes} of them; all four: {gain('uniform', 'single')}; the ensemble, four times the cost of a query: "
-        f"{gain('ensemble', 'single')}"
+        f"it takes {takes} of them; all four: {gain('uniform', 'single')}; the ensemble, four times the cost of a "
     )
+    condition += f"query: {gain('ensemble', 'single')}"
     claim, effect = "A greedy soup beats the best of its four models", SOUP_IN_PAPER - SINGLE_IN_PAPER
     yield claim, "model soups (2203.05482)", effect, gain("greedy", "single"), condition
-    condition = (
-        f"as many steps from the same start, on all classes: {long} beside the best single model; from a start that had "
-        f"{mc.START_PASSES[-1]:.0f} passes instead of {mc.EPOCHS:.0f}, seed 0, where the long run gains {longer}: "
-        f"{gain('greedy', 'long run', last)}"
+    condition = f"as many steps from the same start, on all classes: {long} beside the best single model; from a start "
+    condition += (
+        f"that had {mc.START_PASSES[-1]:.0f} passes instead of {mc.EPOCHS:.0f}, seed 0, where the long run gains "
     )
+    condition += f"{longer}: {gain('greedy', 'long run', last)}"
     yield "A greedy soup beats one run of equal compute", "control", None, gain("greedy", "long run"), condition
 
 
@@ -182,7 +168,7 @@ CUTS = {"all": "all 128 numbers", "first": "the first 64", "names": "PCA of text
 
 def list_cut_claims() -> Iterator[tuple]:
     def gain(way: str, control: str) -> Difference:
-        return compare("small", "small", way, control_task=control)
+        return get_gain("small", "small", way, control_task=control)
 
     listed = {label: get_points(mc.score_models()["small"], way).mean() for way, label in CUTS.items()}
     condition = f"mP@5 of the base: {', '.join(f'{label} {mean:.1f}' for label, mean in listed.items())}"
@@ -197,10 +183,8 @@ def list_neighbor_claims() -> Iterator[tuple]:
     found, published = mc.score_models(), published_tables.load_published("nnn_tables")
     for asks, direction in (("text", "text_to_image"), ("caption", "image_to_text")):
         effect = np.mean([line["nnn_r1"] - line["original_r1"] for line in published if line["direction"] == direction])
-        first, whole = (
-            compare("nnn", "nnn", f"{asks} nnn {measure}", control_task=f"{asks} plain {measure}")
-            for measure in ("R@1", "mAP")
-        )
+        first = get_gain("nnn", "nnn", f"{asks} nnn R@1", control_task=f"{asks} plain R@1")
+        whole = get_gain("nnn", "nnn", f"{asks} nnn mAP", control_task=f"{asks} plain mAP")
         leaked = pick_ranks(found[f"overlap {asks}"], -1)
         more = compare_results(leaked, found["nnn"], "ranks R@1", f"{asks} nnn R@1")
         condition = f"R@1; mAP {whole}; the references share nothing with the queries; with the queries as references "
@@ -226,18 +210,15 @@ def pick_ranks(results: list[dict], *index: int) -> list[dict]:
     return [{"ranks": result["ranks"][index]} for result in results]
 
 
-# --- curves: of each point the curve, line, label, x, and y with its interval ----------------------------------------
-
-
 def trace_losses() -> Iterator[tuple]:
     """What each loss gains in image search (y, mAP points above the base) at the rate that suits it (x), and what margins by
     class size and sub-centers win over plain ArcMargin on the same images; three seeds."""
     options = {name: mc.list_models()[name][1][0] for name in mc.LADDER}
     for name in mc.LADDER:
-        yield "ladder", name, options[name]["way"], options[name]["rate"], compare(name)
+        yield "ladder", name, options[name]["way"], options[name]["rate"], get_gain(name)
     for images in ("", ", long tail", ", wrong labels"):
         for line in ("adaptive", "sub-centers"):
-            found, rate = compare(line + images, "arcmargin" + images), options[line + images]["rate"]
+            found, rate = get_gain(line + images, "arcmargin" + images), options[line + images]["rate"]
             yield "refinements", line, images.strip(", ") or "clean", rate, found
 
 
@@ -253,7 +234,7 @@ def trace_finders() -> Iterator[tuple]:
             kind, label = "found by reading, some replaced", f"{float(finder.removeprefix('read_')):.0%} kept"
         x = 100 * float(found[f"captions by {finder}"][0]["true words"])
         for task, name in (("text R@5", "text R@5"), ("image", "image mAP")):
-            points.append(("finder", f"{name}, {kind}", label, x, compare(f"mcip by {finder}", plain, task)))
+            points.append(("finder", f"{name}, {kind}", label, x, get_gain(f"mcip by {finder}", plain, task)))
     yield from sorted(points, key=lambda point: (point[1], point[3]))
 
 
@@ -285,14 +266,13 @@ def trace_text_models() -> Iterator[tuple]:
             yield "room", line, bases[i], own[i], compare_results([results[i]], [base[i]], task, "text R@5")
     for model, other in PAIRS:
         for x, task in enumerate(("image", "text R@5")):
-            yield "models", model, other, x, compare(model, other, task)
+            yield "models", model, other, x, get_gain(model, other, task)
 
 
 def trace_frontier() -> Iterator[tuple]:
     """How far training goes: what is gained with images (x, mAP) against text (y, R@5), by rate; seed 0."""
-    found = mc.score_models()
-    base = found["base"][:1]
-    for name, results in found.items():
+    base = mc.score_models()["base"][:1]
+    for name, results in mc.score_models().items():
         if name.startswith(("image-only, ", "MCIP, ", "2SFT, ")):
             x = (get_points(results, "image") - get_points(base, "image")).mean()
             yield "frontier", *name.rsplit(", ", 1), x, compare_results(results, base, "text R@5")
@@ -303,13 +283,14 @@ def trace_soups() -> Iterator[tuple]:
     passes that the start had (x): three seeds after the fewest, one after more."""
     models = {f"{task} of the four": ("soup", task) for task in ("uniform", "greedy", "ensemble")}
     models |= {"best of the four": ("single", "image"), "equal compute": ("long run", "image")}
-    models |= {name: (name, "image") for name in (f"ingredient {i}" for i in range(mc.LONG_RUN))}
+    models |= {f"ingredient {i}": (f"ingredient {i}", "image") for i in range(mc.LONG_RUN)}
     for passes in mc.START_PASSES:
         start = f"start after {passes:g}"
         points = get_points(mc.score_models()[start], "image")
         for line, (name, task) in models.items():
             label = f"start {points.mean():.1f} mAP, seeds {len(points)}"
-            yield "soups", line, label, passes, compare(f"{name} after {passes:g}", start, task, control_task="image")
+            gain = get_gain(f"{name} after {passes:g}", start, task, control_task="image")
+            yield "soups", line, label, passes, gain
 
 
 def trace_averages() -> Iterator[tuple]:
@@ -319,7 +300,7 @@ def trace_averages() -> Iterator[tuple]:
     straight line between two models, by the share of the second (x)."""
     for name in (*mc.RULES, "one run, averaged"):
         for x, task in enumerate(("image", "text R@5")):
-            yield "relatives", name, task, x, compare(name, "one run", task)
+            yield "relatives", name, task, x, get_gain(name, "one run", task)
     found = mc.score_models()
     for soup in (name for name in found if name.startswith("soup of ")):
         singles = found[soup.removeprefix("soup of ")]
@@ -348,8 +329,6 @@ def trace_neighbors() -> Iterator[tuple]:
             yield "gallery", line, "", size, (np.mean(each), min(each), max(each))
 
 
-# --- files -----------------------------------------------------------------------------------------------------------
-
 CLAIMS = (list_loss_claims, list_text_claims, list_soup_claims, list_cut_claims, list_neighbor_claims)
 CURVES = (trace_losses, trace_finders, trace_text_models, trace_frontier, trace_soups, trace_averages, trace_neighbors)
 
@@ -367,18 +346,10 @@ def make_curves() -> list[dict]:
     ]
 
 
-def write_table(file: Path, rows: list[dict]) -> None:
-    text = io.StringIO()
-    table = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    table.writeheader()
-    table.writerows(rows)
-    gu.write_atomically(file, lambda stream: stream.write(text.getvalue().encode()))
-
-
 def main() -> None:
     claims = make_claims()
-    write_table(gu.DATA / "claims.csv", claims)
-    write_table(gu.DATA / "claims_curves.csv", make_curves())
+    published_tables.write_numbers(gu.DATA / "claims.csv", claims)
+    published_tables.write_numbers(gu.DATA / "claims_curves.csv", make_curves())
     for line in claims:
         print(f"{line['shown']:>3}  {line['ours']:+6.2f} [{line['low']:+.2f}, {line['high']:+.2f}]  {line['claim']}")
 

@@ -5,7 +5,7 @@ trained again, so that everything goes on after a break, and what is deleted the
 the validation splits with seed 0; NNN's k and alpha, the weights that a training keeps and what goes into a soup are
 chosen there for each seed. The test is only measured.
 
-settings -> what is trained -> what is measured -> parts -> results -> the plan
+settings -> what is trained -> what is measured, in parts -> results -> the plan
 """
 
 from __future__ import annotations
@@ -72,18 +72,15 @@ def find_base(base: str) -> Path:
     return shipped if shipped.exists() else RUNS / "bases" / base / "open_clip_model.safetensors"
 
 
-def make_base(base: str) -> Path:
-    """The weights of a base, pre-trained now where they are missing (about 24 minutes for 22 epochs)."""
-    path = find_base(base)
-    if not path.exists():
-        command = [sys.executable, "-m", "gpnns.tools.pretrain_mini_clip", "--out", str(path.parent), *BASES[base]]
-        subprocess.run(command, check=True)
-    return path
+def make_base(base: str) -> None:
+    """Pre-train a base whose weights are missing: about 24 minutes for 22 epochs."""
+    tool = [sys.executable, "-m", "gpnns.tools.pretrain_mini_clip"]
+    subprocess.run([*tool, "--out", str(find_base(base).parent), *BASES[base]], check=True)
 
 
 def open_base(base: str) -> gu.Encoder:
     """A base as an encoder; the architecture and the vocabulary are those of the mini CLIP."""
-    return gu.load_encoder(f"mini@{make_base(base)}", "cpu")  # as the scores that are kept, wherever this runs
+    return gu.load_encoder(f"mini@{find_base(base)}", "cpu")  # as the scores that are kept, wherever this runs
 
 
 @functools.cache
@@ -94,13 +91,13 @@ def load_images_of(name: str) -> gu.ImageSet:
     images = gu.load_images("mini", "train")
     counts = np.bincount(images.labels)
     keep = np.maximum(2, np.round(counts.max() * (counts / counts.max()) ** LONG_TAIL)).astype(int)
-    return images.subset(
-        np.concatenate([np.flatnonzero(images.labels == label)[: keep[label]] for label in range(len(counts))])
-    )
+    rows = [np.flatnonzero(images.labels == label)[:most] for label, most in enumerate(keep)]
+    return images.subset(np.concatenate(rows))
 
 
-def list_bank() -> list[str]:
-    return sorted({text for texts in load_images_of("bank").captions for text in texts})
+def list_captions(split: str) -> list[str]:
+    """The captions of a split, each once, in the order of the alphabet."""
+    return sorted({text for texts in load_images_of(split).captions for text in texts})
 
 
 @functools.cache
@@ -111,19 +108,17 @@ def find_captions_by(finder: str) -> tuple[np.ndarray, list[str]]:
     but what is nearest is told by the words of the images' own captions, and each caption is replaced by any other of the
     bank unless a draw falls below 0.75; "own": the images' own captions.
     """
-    photos, texts = load_images_of("train"), list_bank()
+    photos, texts = load_images_of("train"), list_captions("train" if finder == "own" else "bank")
     if finder == "own":
-        texts = sorted({text for own in photos.captions for text in own})
-        number = {text: i for i, text in enumerate(texts)}
-        return np.array([[number[text] for text in own] for own in photos.captions]), texts
+        return np.searchsorted(texts, photos.captions), texts
     if finder.startswith("read_"):
-        rng, share = np.random.default_rng(0), float(finder.removeprefix("read_"))
         images, captions = embed_words(photos.captions, texts), embed_words([[text] for text in texts], texts)
     else:
         encoder = open_base(finder)
         images, captions = gu.embed_images(encoder, photos)[0], gu.embed_texts(encoder, texts)
     scores, rows = gu.search(images, captions, FOUND)
     if finder.startswith("read_"):
+        rng, share = np.random.default_rng(0), float(finder.removeprefix("read_"))
         rows = np.where(rng.random(rows.shape) < share, rows, rng.integers(len(texts), size=rows.shape))
     return np.where(scores > np.median(scores), rows, -1), texts
 
@@ -169,7 +164,9 @@ def get_seed(base: str) -> int:
     return int(base) if base.isdigit() else 0
 
 
-def train_images(encoder: gu.Encoder, photos: gu.ImageSet, rate: float, seed: int, epochs: float, *rest, **other):
+def train_images(
+    encoder: gu.Encoder, photos: gu.ImageSet, rate: float, seed: int, epochs: float, *rest, **other
+) -> gu.Encoder:
     """Fine-tune the image tower of `encoder`, with what differs from `RECIPE` in `other`; done at once when it was before."""
     steps = len(load_images_of("train")) // RECIPE["batch_size"]
     recipe, choose_on = RECIPE | {"rate": rate, "epochs": epochs} | other, load_images_of("validation")
@@ -239,7 +236,7 @@ def tune_unequally(base: str, number: int) -> gu.Encoder:
     return train_on_part(open_base(base), base, number, UNEQUAL[number])
 
 
-# --- what is measured ------------------------------------------------------------------------------------------------
+# --- what is measured: each part is one call in one of several processes, and leaves one file ------------------------
 
 
 def rank_pairs(queries: np.ndarray, gallery: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:
@@ -273,9 +270,6 @@ def measure_encoder(encoder: gu.Encoder) -> dict[str, np.ndarray]:
     }
 
 
-# --- parts: each is one call in one of several processes, and leaves one file ----------------------------------------
-
-
 def copy_states(models: list[gu.Encoder]) -> list[dict[str, torch.Tensor]]:
     return [{key: value.clone() for key, value in model.model.state_dict().items()} for model in models]
 
@@ -290,9 +284,8 @@ def cook_soups(models: list[gu.Encoder]) -> dict:
         return soup
 
     def score_mix(chosen: list[int]) -> float:
-        return evaluation.evaluate(mix_states(chosen), load_images_of("validation"), cache=False)[
-            evaluation.IMAGES
-        ].mean
+        scores = evaluation.evaluate(mix_states(chosen), load_images_of("validation"), cache=False)
+        return scores[evaluation.IMAGES].mean
 
     alone = [score_mix([i]) for i in range(len(states))]
     order = np.argsort(alone)[::-1].tolist()
@@ -329,13 +322,13 @@ def measure_between(base: str, start_rate: float, other: str = "", rate: float =
     """On the straight line between the weights of two models: one line of average precisions per share of the second. They are
     fine-tuned from `base` and from `other`; without `other` they are the first two ingredients of a soup."""
     if other:
-        first, second = (tune_base(start, "arcmargin", start_rate) for start in (base, other))
+        ends = [tune_base(start, "arcmargin", start_rate) for start in (base, other)]
     else:
-        first, second = (continue_tuning(base, start_rate, rate, number) for number in (0, 1))
-    (a, b), lines = copy_states([first, second]), []
+        ends = [continue_tuning(base, start_rate, rate, number) for number in (0, 1)]
+    states, lines = copy_states(ends), []
     for share in SHARES:
-        first.model.load_state_dict(soups.average([a, b], [1 - share, share]))
-        lines.append(score_images(gu.embed_images(first, load_images_of("test"), cache=False)[0]))
+        ends[0].model.load_state_dict(soups.average(states, [1 - share, share]))
+        lines.append(score_images(gu.embed_images(ends[0], load_images_of("test"), cache=False)[0]))
     return {"image": np.array(lines)}
 
 
@@ -350,11 +343,8 @@ def measure_nnn(base: str) -> dict:
         references, _ = embed_sides(encoder, "references", asks)
         queries, gallery = embed_sides(encoder, "captions_validation", asks)
         means = gu.reference_means(gallery, references, KS)
-        scores = {
-            (k, alpha): (1 / rank_pairs(queries, gallery, alpha * mean)).mean()
-            for k, mean in zip(KS, means, strict=True)
-            for alpha in ALPHAS
-        }
+        tried = itertools.product(zip(KS, means, strict=True), ALPHAS)
+        scores = {(k, a): (1 / rank_pairs(queries, gallery, a * mean)).mean() for (k, mean), a in tried}
         k, alpha = max(scores, key=scores.get)
         queries, gallery = embed_sides(encoder, "captions", asks)
         for state, bias in (("plain", None), ("nnn", gu.hub_bias(gallery, references, k, alpha))):
@@ -407,19 +397,16 @@ def measure_gallery(base: str, k: int, alpha: float) -> dict:
 
 def measure_small(base: str) -> dict:
     """mP@5 of the GUIE challenge, by Euclidean distance, for embeddings cut to 64 numbers in several ways, float16 (n,)."""
-    encoder, labels = open_base(base), load_images_of("test").labels
-    vectors, names = gu.embed_images(encoder, load_images_of("test"))[0], gu.embed_texts(encoder, list_bank())
-    found, half = {}, np.zeros(len(labels), dtype=bool)
-    for label in np.unique(labels):
-        half[np.flatnonzero(labels == label)[::2]] = True
+    encoder, labels, found = open_base(base), load_images_of("test").labels, {}
+    vectors, names = gu.embed_images(encoder, load_images_of("test"))[0], gu.embed_texts(encoder, list_captions("bank"))
     ways = {"all": np.eye(vectors.shape[1]), "first": np.eye(vectors.shape[1])[:, :64]}
     for way, learned_from in {"names": names, "images": gu.embed_images(encoder, load_images_of("train"))[0]}.items():
         centered = learned_from - learned_from.mean(axis=0)
         ways[way] = np.linalg.svd(centered, full_matrices=False)[2][:64].T
     for way, directions in ways.items():
         small = (vectors @ directions).astype(np.float32)
-        nearest = gu.search(small[~half], small[half], 5, "l2")[1]
-        found[way] = (labels[half][nearest] == labels[~half][:, None]).mean(axis=1).astype(np.float16)
+        nearest = gu.search(small[1::2], small[::2], 5, "l2")[1]  # half of each class asks for the other half
+        found[way] = (labels[::2][nearest] == labels[1::2, None]).mean(axis=1).astype(np.float16)
     return found
 
 
@@ -491,7 +478,7 @@ def read_results(file: Path) -> dict[str, dict[str, np.ndarray]]:
     return found
 
 
-def save_results(file: Path, results: dict[str, dict[str, np.ndarray]]) -> None:
+def write_results(file: Path, results: dict[str, dict[str, np.ndarray]]) -> None:
     arrays = {f"{name}/{task}": results[name][task] for name in sorted(results) for task in sorted(results[name])}
     gu.write_atomically(file, lambda stream: np.savez_compressed(stream, **arrays))
 
@@ -520,7 +507,8 @@ def get_results(part: str, many: list[dict]) -> list[dict[str, np.ndarray]]:
             missing[name] = options
     unmade = [base for base in set().union(*map(list_bases, missing.values())) if not find_base(base).exists()]
     if unmade:
-        list(map(make_base, unmade))  # here, before several workers need them
+        for base in unmade:  # here, before several workers need them
+            make_base(base)
         return get_results(part, many)  # scores that were kept may rest on other weights than these
     if missing:
         RUNS.mkdir(parents=True, exist_ok=True)
@@ -530,7 +518,7 @@ def get_results(part: str, many: list[dict]) -> list[dict[str, np.ndarray]]:
         with ProcessPoolExecutor(count, spawn, start_worker) as pool:
             results = pool.map(measure_part, itertools.repeat(part), missing.values())
             for done, (name, result) in enumerate(zip(missing, results, strict=True), 1):
-                save_results(file, found := found | {name: result})
+                write_results(file, found := found | {name: result})
                 progress.update(done)
     return [found[name_part(part, options)] for options in many]
 
@@ -591,10 +579,10 @@ def list_text_models() -> Models:
         f"image-only, rate {rate:g}": {"base": "0", "way": "arcmargin", "rate": rate, "images": "train"}
         for rate in (1e-4, 2e-4, *RATES)
     }
+    captions = {f"MCIP, caption share {weight}": {"finder": "0", "weight": weight} for weight in CAPTION_WEIGHTS}
     mcip = {
-        f"MCIP, caption share {weight}, rate {rate:g}": plain[f"image-only, rate {rate:g}"]
-        | {"finder": "0", "weight": weight}
-        for weight, rate in itertools.product(CAPTION_WEIGHTS, TEXT_RATES)
+        f"{name}, rate {rate:g}": plain[f"image-only, rate {rate:g}"] | by_captions
+        for (name, by_captions), rate in itertools.product(captions.items(), TEXT_RATES)
     }
     most = max(result["validation"][0] for result in get_results("tuned", list(plain.values())))
     chosen = {

@@ -13,6 +13,7 @@ import re
 import warnings
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -197,7 +198,7 @@ WEIGHTS = ("state_dict", "model", "model_state_dict", "module", "net", "weights"
 AVERAGE = re.compile(r"(^|_)(ema|swa|avg|average|averaged)(_|$)")  # and how an average of them over steps is called
 
 
-def unwrap_state(content, path: Path) -> dict[str, torch.Tensor]:
+def unwrap_state(content: Any, path: Path) -> dict[str, torch.Tensor]:
     """The state dict in a training checkpoint; where it holds an average too, that, as timm takes it, and a warning.
 
     ValueError when there is none, or several of which none is called as the weights mostly are.
@@ -232,13 +233,13 @@ def unwrap_state(content, path: Path) -> dict[str, torch.Tensor]:
     raise ValueError(f"{path} holds no state dict (a dict of tensors, perhaps under 'state_dict'){found}")
 
 
-def is_state(content) -> bool:
+def is_state(content: Any) -> bool:
     """Whether this is a dict of tensors by name."""
     named = isinstance(content, dict) and bool(content) and all(isinstance(key, str) for key in content)
     return named and all(isinstance(value, torch.Tensor) for value in content.values())
 
 
-def holds_state(content) -> bool:
+def holds_state(content: Any) -> bool:
     return is_state(content) or (isinstance(content, dict) and any(map(holds_state, content.values())))
 
 

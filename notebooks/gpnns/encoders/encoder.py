@@ -11,6 +11,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,7 +62,7 @@ class Encoder:
         """A test picture after preprocessing."""
         return self.preprocess(make_probes()[0])
 
-    def features(self, tower: Callable, batch) -> np.ndarray:
+    def features(self, tower: Callable, batch: Any) -> np.ndarray:
         """What a tower makes of a batch, in full precision."""
         with torch.inference_mode():
             return tower(batch.to(self.device) if isinstance(batch, torch.Tensor) else batch).float().cpu().numpy()
@@ -147,7 +148,7 @@ def digest_weights(module: torch.nn.Module) -> bytes:
     return digest.digest()
 
 
-def describe_transform(step) -> str:
+def describe_transform(step: Any) -> str:
     """What a transform says of itself; addresses in memory, which change with every process, are taken out."""
     return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(step))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -108,7 +109,7 @@ def embed_as_in_paper(encoder: gu.Encoder, one_embedding: bool = False) -> gu.En
     return replace(encoder, preprocess=preprocess)
 
 
-def crop_square(size: int, mean: Sequence[float], std: Sequence[float], interpolation) -> Callable:
+def crop_square(size: int, mean: Sequence[float], std: Sequence[float], interpolation: Any) -> Callable:
     """GP-NNS's preprocessing: the centre of a picture squeezed to a square of 1.125 times the size, (3, size, size)."""
     from torchvision import transforms
 

@@ -1,7 +1,7 @@
 """Images by name: where data sets lie, how they are fetched, one split of them as an ImageSet.
 
-`gpnns_utils.load_images(source, split)` calls `load`; own_images.py reads what has no name. What differs from one data
-set to the next is in data/datasets.toml, how their authors arrange them in layouts.py. Each data set has a folder of its own
+`gpnns_utils.load_images(source, split)` calls `load_images`; own_images.py reads what has no name. What differs from one
+data set to the next is in data/datasets.toml, how their authors arrange them in layouts.py. Each has a folder of its
 name in one of the folders of the environment variable GPNNS_DATA (several: separated as in PATH), or in .cache/datasets.
 
 the table -> where data lie -> loading -> fetching
@@ -14,19 +14,15 @@ import os
 import sys
 import tomllib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 import gpnns_utils as gu
-from gpnns.images import downloads, layouts, own_images, text_files, walking
+from gpnns.images import downloads, image_set, layouts, own_images, text_files, walking
 
 KAGGLE = Path("/kaggle/input")  # data sets that a Kaggle notebook was given; read only
-
-
-# --- the table -------------------------------------------------------------------------------------------------------
-
-
 TABLE: dict[str, dict] = tomllib.loads((gu.DATA / "datasets.toml").read_text(encoding="utf-8"))
 
 
@@ -37,31 +33,16 @@ def list_datasets() -> list[dict]:
         splits = [split + (f" {counts[0]:,}" if counts else "") for split, counts in entry["splits"].items()]
         found = {str(folder) for split in entry["splits"] if (folder := find_dataset(name, split))}
         by_hand = "get" in entry or not all("url" in file for file in entry.get("files", []))
-        rows.append(
-            {
-                "name": name,
-                "title": entry["title"],
-                "images": ", ".join(splits),
-                "licence": entry.get("licence", "see its home page"),
-                "get": "by hand" if by_hand else "downloaded",
-                "found": ", ".join(sorted(found)) or "not found",
-            }
-        )
+        row = {"name": name, "title": entry["title"], "images": ", ".join(splits)}
+        row |= {"licence": entry.get("licence", "see its home page"), "get": "by hand" if by_hand else "downloaded"}
+        rows.append(row | {"found": ", ".join(sorted(found)) or "not found"})
     return rows
 
 
-# --- where data lie --------------------------------------------------------------------------------------------------
-
-
-def list_data_folders() -> list[Path]:
-    """The folders in which each data set has a folder of its own name, in the order in which they are searched."""
-    given = [Path(part).expanduser() for part in os.environ.get("GPNNS_DATA", "").split(os.pathsep) if part]
-    return [*given, gu.cache_folder() / "datasets"]
-
-
 def list_places(name: str) -> list[Path]:
-    """Where the data set may lie: its folder in each of `list_data_folders`."""
-    return [folder / name for folder in list_data_folders()]
+    """Where a data set may lie, in the order in which that is searched: a folder of its name in each data folder."""
+    given = [Path(part).expanduser() for part in os.environ.get("GPNNS_DATA", "").split(os.pathsep) if part]
+    return [folder / name for folder in [*given, gu.cache_folder() / "datasets"]]
 
 
 def find_dataset(name: str, split: str) -> Path | None:
@@ -93,10 +74,7 @@ def find_below(top: Path, markers: list[list[str]], depth: int = 4) -> Path | No
     return None
 
 
-# --- loading ---------------------------------------------------------------------------------------------------------
-
-
-def load(source: str | Path, split: str = "test") -> gu.ImageSet:
+def load_images(source: str | Path, split: str = "test") -> gu.ImageSet:
     """The images that `source` names, as `gpnns_utils.load_images` describes them; prints what was taken as what.
 
     Raises FileNotFoundError for what is nowhere, ValueError for what cannot be understood.
@@ -109,9 +87,8 @@ def load(source: str | Path, split: str = "test") -> gu.ImageSet:
         from gpnns.world import mini_world
 
         report = gu.Progress(0, f"drawing mini world, {split}").update
-        images = gu.ImageSet(
-            name=f"mini {split}", drawn=True, **mini_world.load_split(split, gu.cache_folder(), report=report)
-        )
+        drawn = mini_world.load_split(split, gu.cache_folder(), report=report)
+        images = gu.ImageSet(name=f"mini {split}", drawn=True, **drawn)
     elif all(name in TABLE for name, _, _ in parts) and not is_own_folder(source, split):
         images = load_several([(name, own or split) for name, _, own in parts])
     else:
@@ -130,10 +107,8 @@ def is_own_folder(source: str | Path, split: str) -> bool:
         return True
     if place.resolve() in (found.resolve(), *found.resolve().parents):
         return False  # the data set itself lies there
-    raise ValueError(
-        f"{str(source)!r} is a folder here, and a data set that was found at {found}; write './{source}' for the folder, "
-        f"or rename it"
-    )
+    what = f"{str(source)!r} is a folder here, and a data set that was found at {found}"
+    raise ValueError(f"{what}; write './{source}' for the folder, or rename it")
 
 
 def summarize(images: gu.ImageSet, notes: Sequence[str] = ()) -> str:
@@ -149,10 +124,8 @@ def summarize(images: gu.ImageSet, notes: Sequence[str] = ()) -> str:
         parts.append(count(sum(map(len, images.captions)), "caption"))
     parts += ["no labels"] if images.labels is None and images.captions is None else []
     line = "; ".join([f"{images.name}: {', '.join([*parts, *notes[:1]])}", *notes[1:]])
-    if images.left_out:
-        more = f" and {len(images.left_out) - 3} more" if len(images.left_out) > 3 else ""
-        line += f"; {count(len(images.left_out), 'file')} left out: {', '.join(images.left_out[:3])}{more}"
-    return line
+    gone = images.left_out
+    return line + (f"; {count(len(gone), 'file')} left out: {join_names(gone, 3)}" if gone else "")
 
 
 def load_dataset(name: str, split: str = "test") -> gu.ImageSet:
@@ -163,8 +136,7 @@ def load_dataset(name: str, split: str = "test") -> gu.ImageSet:
     """
     rows, names = read_dataset(name, split)
     wanted, labels = [row for row in rows if row["split"] == split], None
-    first = wanted[0]
-    if "label" in first:
+    if "label" in wanted[0]:
         labels = [row["label"] for row in wanted]
         if isinstance(labels[0], str):  # number all classes of the splits that share them
             shared = TABLE[name].get("same_classes", [])
@@ -174,14 +146,23 @@ def load_dataset(name: str, split: str = "test") -> gu.ImageSet:
             labels = [number[label] for label in labels]
         labels = np.array(labels, dtype=np.int64)
     check_counts(TABLE[name], split, wanted, labels)
+    return make_image_set(f"{name} {split}", wanted, labels, names or [])
+
+
+def make_image_set(
+    name: str, rows: list[dict], labels: np.ndarray | None, names: list[str], left_out: Sequence[str] = ()
+) -> gu.ImageSet:
+    """Rows of layouts.py or own_images.py as an ImageSet; labels: their class numbers, which `names` lists."""
+    groups, captions = [row.get("group") or "" for row in rows], [row.get("captions") or [] for row in rows]
     return gu.ImageSet(
-        name=f"{name} {split}",
-        images=[row["path"] for row in wanted],
+        name=name,
+        images=[row["path"] for row in rows],
         labels=labels,
-        groups=np.array([row["group"] for row in wanted]) if "group" in first else None,
-        captions=[row["captions"] for row in wanted] if "captions" in first else None,
-        names=names or [],
-        crops=np.array([row["crop"] for row in wanted], dtype=np.int64) if "crop" in first else None,
+        groups=np.array(groups) if any(groups) else None,
+        captions=captions if any(captions) else None,
+        names=names,
+        crops=np.array([row["crop"] for row in rows], dtype=np.int64) if "crop" in rows[0] else None,
+        left_out=list(left_out),
     )
 
 
@@ -196,36 +177,21 @@ def load_several(parts: Sequence[tuple[str, str]]) -> gu.ImageSet:
     together = " + ".join(one.name for one in loaded)
     if unfit := [one.name for one in loaded if one.labels is None or one.crops is not None]:
         raise ValueError(f"{together}: {unfit[0]} has no labels, or crops; load it by itself")
-    begins = np.cumsum([0, *(len(one.names) for one in loaded[:-1])])
-    return gu.ImageSet(
-        name=together,
-        images=[path for one in loaded for path in one.images],
-        labels=np.concatenate([one.labels + begin for one, begin in zip(loaded, begins, strict=True)]),
-        groups=np.repeat([one.name for one in loaded], [len(one) for one in loaded]),
-        names=[f"{one.name}/{name}" for one in loaded for name in one.names],
-    )
+    apart = [replace(one, names=[f"{one.name}/{name}" for name in one.names]) for one in loaded]
+    return image_set.concat(apart, together, groups=[one.name for one in loaded])
 
 
 def load_own_images(source: Path, split: str) -> tuple[gu.ImageSet, list[str]]:
     """Images of one's own, and notes on how they were understood (own_images.py)."""
     if not source.exists():
-        raise FileNotFoundError(
-            f"no folder or table of images at {source.absolute()}; give a path, 'mini' for the drawn world, or the name of "
-            f"a data set{suggest_names(str(source), list(TABLE))}"
-        )
+        choice = "give a path, 'mini' for the drawn world, or the name of a data set"
+        close = suggest_names(str(source), list(TABLE))
+        raise FileNotFoundError(f"no folder or table of images at {source.absolute()}; {choice}{close}")
     rows, left_out, notes = own_images.read_own_images(source, split)
     names, labels = np.unique([row.get("label") or "" for row in rows], return_inverse=True)
-    groups, captions = [row.get("group") or "" for row in rows], [row.get("captions") or [] for row in rows]
-    images = gu.ImageSet(
-        name=text_files.to_printable(source.absolute().name if source.is_dir() else source.stem),
-        images=[row["path"] for row in rows],
-        labels=labels if names.any() else None,
-        groups=np.array(groups) if any(groups) else None,
-        captions=captions if any(captions) else None,
-        names=names.tolist() if names.any() else [],
-        left_out=left_out,
-    )
-    return images, notes
+    labels, names = (labels, names.tolist()) if names.any() else (None, [])
+    name = text_files.to_printable(source.absolute().name if source.is_dir() else source.stem)
+    return make_image_set(name, rows, labels, names, left_out), notes
 
 
 def read_dataset(name: str, split: str) -> tuple[list[dict], list[str] | None]:
@@ -235,16 +201,12 @@ def read_dataset(name: str, split: str) -> tuple[list[dict], list[str] | None]:
         raise ValueError(f"{entry['title']} has no split {split!r}; {name} has {', '.join(entry['splits'])}")
     folder = find_dataset(name, split) or fetch_dataset(name, split)
     try:
-        rows, names = layouts.READERS[entry["layout"]](folder, split, entry)
+        return layouts.read_layout(folder, split, entry)
     except BROKEN_LIST as error:
         if entry["title"] in str(error) or str(folder) in str(error):
             raise  # it says what is wrong already
-        raise ValueError(
-            f"{entry['title']}: the lists in {folder} are not as its authors hand them out ({type(error).__name__}: {error}); get them again"
-        ) from error
-    if not any(row["split"] == split for row in rows):
-        raise ValueError(f"{entry['title']}, {split}: no images below {folder}; look at the layout in data/README.md")
-    return rows, names
+        what = f"are not as its authors hand them out ({type(error).__name__}: {error})"
+        raise ValueError(f"{entry['title']}: the lists in {folder} {what}; get them again") from error
 
 
 BROKEN_LIST = (KeyError, IndexError, TypeError, AttributeError, ValueError)  # what a list with other columns leads to
@@ -255,11 +217,10 @@ def check_counts(entry: dict, split: str, rows: list[dict], numbers: np.ndarray 
     classes = None if numbers is None else len(np.unique(numbers))
     for what, expected, found in zip(("images", "classes"), entry["splits"][split], (len(rows), classes), strict=False):
         if found != expected:
-            word = "missing" if found < expected else "too many"
-            raise ValueError(
-                f"{entry['title']}, {split}: expected {expected:,} {what} and found {found:,} below "
-                f"{layouts.find_common_folder(rows)} ({abs(found - expected):,} {word}); compare with {entry['home']}, or unpack again"
-            )
+            differ = f"{abs(found - expected):,} {'missing' if found < expected else 'too many'}"
+            where = layouts.find_common_folder(rows)
+            count = f"expected {expected:,} {what} and found {found:,} below {where} ({differ})"
+            raise ValueError(f"{entry['title']}, {split}: {count}; compare with {entry['home']}, or unpack again")
 
 
 def load_ground_truth(name: str) -> list[dict]:
@@ -271,7 +232,7 @@ def load_ground_truth(name: str) -> list[dict]:
     if not {"query", "gallery"} <= set(entry["splits"]):
         raise ValueError(f"{entry['title']} has no query and gallery splits: its labels say what is relevant")
     if entry["layout"] == "revisited":
-        truth = layouts.read_revisited(find_dataset(name, "query") or fetch_dataset(name, "query"), entry)["gnd"]
+        truth = layouts.read_ground_truth(find_dataset(name, "query") or fetch_dataset(name, "query"), entry)["gnd"]
         return [{key: np.atleast_1d(np.asarray(one[key], dtype=np.int64)) for key in layouts.TRUTH} for one in truth]
     row_of = {Path(row["path"]).stem: i for i, row in enumerate(read_dataset(name, "gallery")[0])}
     wanted = [{row_of[image] for image in row["relevant"] if image in row_of} for row in read_dataset(name, "query")[0]]
@@ -283,9 +244,6 @@ def suggest_names(name: str, known: Sequence[str]) -> str:
     """The end of a message about a name that is not known: those most like it."""
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     return f"; did you mean {', '.join(close)}?" if close else ""
-
-
-# --- downloads -------------------------------------------------------------------------------------------------------
 
 
 def fetch_dataset(name: str, split: str) -> Path:
@@ -305,12 +263,16 @@ def fetch_dataset(name: str, split: str) -> Path:
         else:  # index/images_000.tar is looked for first: three splits use this name
             around = str(Path(file["gives"]).parent / file["name"])
             todo.append((file, ready, find_file(name, around, file["name"])))
-    by_hand = [file for file, _, packed in todo if packed is None and "url" not in file]
+    by_hand = [file["name"] for file, _, packed in todo if packed is None and "url" not in file]
     note = target / f".incomplete_{split}"  # half of a data set must not be taken for all of it after a break
+    arranged = " or ".join(map(" and ".join, list_markers(name, split)))
     if by_hand or not (todo or note.exists()):
-        raise FileNotFoundError(explain_by_hand(name, split, by_hand, target))
+        how = f" ({entry['get']})" if "get" in entry else ""
+        do = f"Get {join_names(by_hand) or 'it'} from {entry['home']}{how} and put it into {target}, packed or as {arranged}"
+        lost = f"was not found in {', '.join(map(str, list_places(name)))} and cannot be downloaded without you"
+        raise FileNotFoundError(f"{entry['title']} {lost}. {do}")
     note.touch()
-    if wanted := [file for file, _, packed in todo if packed is None]:
+    if wanted := [file["name"] for file, _, packed in todo if packed is None]:
         terms = f" Licence: {entry['licence']}." if "licence" in entry else ""
         print(f"{entry['title']} was not found: downloading {join_names(wanted)} to {target}.{terms}", file=sys.stderr)
     for file, ready, packed in todo:
@@ -325,10 +287,8 @@ def fetch_dataset(name: str, split: str) -> Path:
     note.unlink()
     if folder := find_dataset(name, split):
         return folder
-    raise ValueError(
-        f"{entry['title']}: {target} holds all files, but not {' or '.join(map(' and '.join, list_markers(name, split)))}; "
-        f"remove the folder and run again, or arrange the files as data/README.md says"
-    )
+    remedy = "remove the folder and run again, or arrange the files as data/README.md says"
+    raise ValueError(f"{entry['title']}: {target} holds all files, but not {arranged}; {remedy}")
 
 
 def find_file(name: str, *paths: str) -> Path | None:
@@ -348,7 +308,7 @@ def list_files_for(entry: dict, split: str) -> Iterator[dict]:
 
 
 def find_writable_place(name: str) -> Path:
-    """The data set's folder in the first of `list_data_folders` that can be written to; made when it is not there."""
+    """The first of `list_places` that can be written to; made when it is not there."""
     for place in list_places(name):
         try:
             place.mkdir(parents=True, exist_ok=True)
@@ -356,22 +316,10 @@ def find_writable_place(name: str) -> Path:
             continue
         if os.access(place, os.W_OK):
             return place
-    raise OSError(
-        f"none of {', '.join(map(str, list_data_folders()))} can be written to; set GPNNS_DATA to a folder that can"
-    )
+    places = ", ".join(map(str, list_places(name)))
+    raise OSError(f"none of {places} can be written to; set GPNNS_DATA to a folder that can")
 
 
-def join_names(files: list[dict]) -> str:
-    """The names of some files; the first of many."""
-    return ", ".join(file["name"] for file in files[:4]) + (f" and {len(files) - 4} more" if len(files) > 4 else "")
-
-
-def explain_by_hand(name: str, split: str, files: list[dict], target: Path) -> str:
-    """What to get, from where, and where to put it."""
-    entry = TABLE[name]
-    how = f" ({entry['get']})" if "get" in entry else ""
-    arranged = " or ".join(" and ".join(paths) for paths in list_markers(name, split))
-    return (
-        f"{entry['title']} was not found in {', '.join(map(str, list_places(name)))} and cannot be downloaded without you. "
-        f"Get {join_names(files) or 'it'} from {entry['home']}{how} and put it into {target}, packed or as {arranged}"
-    )
+def join_names(names: list[str], most: int = 4) -> str:
+    """Names in a sentence; the first of many."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

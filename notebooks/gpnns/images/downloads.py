@@ -44,10 +44,9 @@ def download(urls: Sequence[str], path: Path, size: int | None = None, md5: str 
             attempt, failures = attempt + 1, failures + 1 if get_file_size(partial) <= before else 0
             if failures >= (len(urls) if final else max(TRIES, len(urls))):
                 reason = getattr(error, "reason", None) or error
-                raise ConnectionError(
-                    f"could not download {url} ({reason}); {get_file_size(partial):,} bytes are kept in {partial}. Run again when "
-                    f"online to go on from there, or get the file elsewhere and save it as {path}"
-                ) from error
+                kept = f"{get_file_size(partial):,} bytes are kept in {partial}. Run again when online to go on there"
+                or_else = f"or get the file elsewhere and save it as {path}"
+                raise ConnectionError(f"could not download {url} ({reason}); {kept}, {or_else}") from error
             time.sleep(PAUSE if failures and not final else 0)
         except OSError as error:
             if error.errno is None:
@@ -85,14 +84,12 @@ def receive_rest(url: str, partial: Path, label: str, size: int | None) -> None:
         length = response.headers.get("Content-Length")
         total = have + int(length) if length else size
         if size and total != size:
-            raise ValueError(
-                f"{url} has {total:,} bytes, expected {size:,}: the file was changed. Look at its home page"
-            )
+            changed = "the file was changed. Look at its home page"
+            raise ValueError(f"{url} has {total:,} bytes, expected {size:,}: {changed}")
         free = shutil.disk_usage(partial.parent).free
         if total and total - have > free:
-            raise OSError(
-                f"{label} needs {(total - have) / 1e6:,.0f} MB and {partial.parent} has {free / 1e6:,.0f} MB free; set GPNNS_DATA to a larger disk"
-            )
+            needs = f"{label} needs {(total - have) / 1e6:,.0f} MB and {partial.parent} has {free / 1e6:,.0f} MB free"
+            raise OSError(f"{needs}; set GPNNS_DATA to a larger disk")
         if not have:
             tag.unlink(missing_ok=True)
             mark = response.headers.get("ETag") or response.headers.get("Last-Modified") or "W/"
@@ -129,13 +126,8 @@ def remove_partial(partial: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-# --- archives --------------------------------------------------------------------------------------------------------
-
-
-DAMAGED = (
-    tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError,
-    RuntimeError,  # a zip that asks for a password
-)  # fmt: skip
+# RuntimeError: a zip that asks for a password
+DAMAGED = (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError)
 
 
 def is_archive(name: str) -> bool:
@@ -175,22 +167,19 @@ def extract_members(archive: Path, folder: Path) -> None:
     progress = gu.Progress(max(get_file_size(archive) // 2**20, 1), f"unpacking {archive.name}", "MB")
     with open(archive, "rb") as raw:
         if zipfile.is_zipfile(raw):
-            with zipfile.ZipFile(raw) as packed:
-                check_room(folder, sum(member.file_size for member in packed.infolist()))
-                for member in packed.infolist():
-                    check_member(archive, member.filename, stat.S_ISLNK(member.external_attr >> 16))
-                    packed.extract(member, folder)
-                    progress.update(raw.tell() // 2**20)
-            return
-        raw.seek(0)
-        with tarfile.open(fileobj=raw, mode="r:*") as packed:
-            check_room(folder, get_file_size(archive))  # pictures become hardly smaller when they are packed
-            packed.extraction_filter = getattr(
-                tarfile, "data_filter", None
-            )  # since Python 3.11.4; before, no links at all
-            for member in packed:
-                plain = packed.extraction_filter or member.isfile() or member.isdir()
-                check_member(archive, member.name, not plain)
+            packed = zipfile.ZipFile(raw)
+            size = sum(member.file_size for member in packed.infolist())
+            members = ((one, one.filename, stat.S_ISLNK(one.external_attr >> 16)) for one in packed.infolist())
+        else:
+            raw.seek(0)
+            packed = tarfile.open(fileobj=raw, mode="r:*")  # noqa: SIM115 - closed below
+            size = get_file_size(archive)  # pictures become hardly smaller when they are packed
+            may_link = packed.extraction_filter = getattr(tarfile, "data_filter", None)  # since Python 3.11.4
+            members = ((one, one.name, not (may_link or one.isfile() or one.isdir())) for one in packed)
+        with packed:
+            check_room(folder, size)
+            for member, name, is_link in members:
+                check_member(archive, name, is_link)
                 packed.extract(member, folder)
                 progress.update(raw.tell() // 2**20)
 

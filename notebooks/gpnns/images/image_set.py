@@ -195,17 +195,15 @@ def hash_bytes(content: bytes) -> bytes:
 
 
 def concat(sets: Sequence[ImageSet], name: str = "", groups: Sequence[str] | None = None) -> ImageSet:
-    """Several sets as one. Classes of equal names are one class: numbers stay where all sets have the same names, and else
-    follow the names in alphabetical order. groups: one for all images of each set; None keeps those that all sets have.
-    Labels are kept where all sets have them, captions where any has."""
-    first, same_names = sets[0], all(one.names == sets[0].names for one in sets)
-    names, labels, crops, captions = list(first.names), None, None, None
+    """Several sets as one. Classes of equal names are one class, numbered as they come. groups: one for all images of each
+    set; None keeps those that all sets have. Labels are kept where all sets have them, captions where any has."""
+    names, labels, crops, captions = [], None, None, None
     if all(one.labels is not None for one in sets):
-        labels = np.concatenate([one.labels for one in sets])
-        if not same_names:
-            called = [one.names[label] for one in sets for label in one.labels]
-            found, labels = np.unique(called, return_inverse=True)
-            names = found.tolist()
+        called = [one.names or [f"class {i}" for i in range(one.labels.max(initial=-1) + 1)] for one in sets]
+        names = list(dict.fromkeys(name for names in called for name in names))
+        number = {name: i for i, name in enumerate(names)}
+        labels = [np.array([number[name] for name in own])[one.labels] for own, one in zip(called, sets, strict=True)]
+        labels = np.concatenate(labels)
     if groups is not None:
         groups = np.repeat(groups, [len(one) for one in sets])
     elif all(one.groups is not None for one in sets):
@@ -222,7 +220,7 @@ def concat(sets: Sequence[ImageSet], name: str = "", groups: Sequence[str] | Non
         labels=labels,
         groups=groups,
         captions=captions,
-        names=names if labels is not None else [],
+        names=names,
         left_out=list(dict.fromkeys(file for one in sets for file in one.left_out)),
         crops=crops,
         drawn=all(one.drawn for one in sets),

@@ -1,10 +1,10 @@
 """How each data set's authors arrange it: one reader for each layout.
 
 A layout that no reader understands yet is one more function in READERS, named by `layout` in data/datasets.toml.
-read_*(folder, split, entry) -> (rows, names). A row: path, split, and what is known of label, group, captions, crop
-(left, top, right, bottom; a right or bottom below 1 counts from the other edge). Either names is None and labels are
-readable texts, or names lists all classes and labels are their numbers or names. Rows of other splits may be among them: splits that
-share their classes number them together, and what another split lists is not called unknown.
+A reader adds to `rows` and returns `names`. A row: path, split, and what is known of label, group, captions, crop (left,
+top, right, bottom; a right or bottom below 1 counts from the other edge). Either names is None and labels are readable
+texts, or names lists all classes and labels are their numbers or names. Rows of other splits may be among them: splits
+that share their classes number them together, and what another split lists is not called unknown.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import numpy as np
 from gpnns.images import own_images, text_files, walking
 
 
-def check_listed(rows: list[dict], split: str, entry: dict) -> list[dict]:
-    """The rows, after a look whether the files below the folder of the split's images are those that lists name.
+def check_listed(rows: list[dict], split: str, entry: dict) -> None:
+    """Look whether the files below the folder of the split's images are those that lists name.
 
     ValueError when listed images are missing; a warning for files that are in no list, but for `unlisted` of the entry.
     """
@@ -30,19 +30,27 @@ def check_listed(rows: list[dict], split: str, entry: dict) -> list[dict]:
     top = find_common_folder(wanted)
     found = {str(path) for path in walking.list_images_below(top)}
     if missing := [path for row in wanted if (path := str(row["path"])) not in found]:
-        raise ValueError(
-            f"{entry['title']}, {split}: expected {len(wanted):,} images and found {len(wanted) - len(missing):,} below {top}; "
-            f"{missing[0]} is missing. Unpack its archive again"
-        )
+        count = f"expected {len(wanted):,} images and found {len(wanted) - len(missing):,} below {top}"
+        raise ValueError(f"{entry['title']}, {split}: {count}; {missing[0]} is missing. Unpack its archive again")
     unlisted, expected = found - {str(row["path"]) for row in rows}, entry.get("unlisted", 0)
     if expected != "any" and len(unlisted) != expected:
         example = f", for example {min(unlisted)}" if unlisted else ""
-        warnings.warn(
-            f"{entry['title']}: expected {expected:,} images below {top} that are in none of its lists, and found "
-            f"{len(unlisted):,}{example}; they are left out",
-            stacklevel=6,
-        )
-    return rows
+        count = f"expected {expected:,} images below {top} that are in none of its lists, and found {len(unlisted):,}"
+        warnings.warn(f"{entry['title']}: {count}{example}; they are left out", stacklevel=6)
+
+
+def read_layout(folder: Path, split: str, entry: dict) -> tuple[list[dict], list[str] | None]:
+    """Rows and names of a data set, as its reader understands its folder; what lists name is there (`check_listed`).
+
+    entry: what the table of datasets.py says. ValueError without images of the split, or when some are missing.
+    """
+    rows, entry, reader = [], dict(entry), READERS[entry["layout"]]
+    names = reader(rows, folder, split, entry)
+    if not any(row["split"] == split for row in rows):
+        raise ValueError(f"{entry['title']}, {split}: no images below {folder}; look at the layout in data/README.md")
+    if reader in LISTS:  # of the others, what is there is all there is
+        check_listed(rows, split, entry)
+    return rows, names
 
 
 def find_common_folder(rows: list[dict]) -> Path:
@@ -51,9 +59,6 @@ def find_common_folder(rows: list[dict]) -> Path:
 
 
 TRUTH = ("easy", "hard", "junk")
-
-
-# --- how lists are read ----------------------------------------------------------------------------------------------
 
 
 def read_lines(path: Path) -> list[list[str]]:
@@ -82,9 +87,13 @@ def find_first(folder: Path, *paths: str) -> Path:
     return next((folder / path for path in paths if (folder / path).exists()), folder / paths[0])
 
 
-def list_by_folder(
-    top: Path, split: str, entry: dict, find_label: Callable[[str], int | str | None], like: str
-) -> list[dict]:
+def find_class_number(name: str) -> int | None:
+    """The number that a name begins with, as in 12_name.jpg, or None."""
+    number = name.split("_")[0]
+    return int(number) if number.isdigit() else None
+
+
+def list_by_folder(top: Path, split: str, entry: dict, find_label: Callable, like: str) -> list[dict]:
     """The images of a folder for each class. ValueError for a folder of whose name `find_label` makes None."""
     rows = []
     for sub in walking.list_subfolders(top):
@@ -94,47 +103,41 @@ def list_by_folder(
     return rows
 
 
-# --- layouts ---------------------------------------------------------------------------------------------------------
-
-
-def read_gpr1200(folder: Path, split: str, entry: dict):
+def read_gpr1200(rows: list[dict], folder: Path, split: str, entry: dict) -> list[str] | None:
     """GPR1200: `images/CLASS_name.jpg`; 200 classes for each of six domains, in this order."""
     domains = ("landmarks", "nature", "sketches", "objects", "products", "faces")
-    classes, texts, rows = entry["splits"][split][1], folder / "categoryNumber_to_text.json", []
+    classes, texts = entry["splits"][split][1], folder / "categoryNumber_to_text.json"
     texts = text_files.read_json(texts) if texts.exists() else {}
     for path in walking.list_images(folder / "images"):
-        number = path.name.split("_")[0]
-        if not number.isdigit() or int(number) >= classes:
+        number = find_class_number(path.name)
+        if number is None or number >= classes:
             raise ValueError(f"{entry['title']}: {path} does not begin with a class number, as in 12_name.jpg")
-        domain = domains[int(number) * len(domains) // classes]
-        rows.append({"path": path, "split": split, "label": int(number), "group": domain})
+        rows.append({"path": path, "split": split, "label": number, "group": domains[number * len(domains) // classes]})
     rows.sort(key=lambda row: (row["label"], row["path"].name))  # numbers, not texts: 2 comes before 10
-    return rows, [str(texts.get(str(i), f"class {i}")) for i in range(classes)]
+    return [str(texts.get(str(i), f"class {i}")) for i in range(classes)]
 
 
-def read_instre(folder: Path, split: str, entry: dict):
+def read_instre(rows: list[dict], folder: Path, split: str, entry: dict) -> list[str] | None:
     """INSTRE: `INSTRE-S1/01a_canada_book/001.jpg`; every folder is a class, as GP-NNS measures it."""
     parts = [folder / part for part in ("INSTRE-S1", "INSTRE-S2", "INSTRE-M")]
     paths = [path for part in parts for path in walking.list_images_below(part)]
-    return [{"path": p, "split": split, "label": p.parent.relative_to(folder).as_posix()} for p in paths], None
+    rows += [{"path": p, "split": split, "label": p.parent.relative_to(folder).as_posix()} for p in paths]
 
 
-def read_revisited_pixels(folder: Path, split: str, entry: dict):
+def read_revisited(rows: list[dict], folder: Path, split: str, entry: dict) -> list[str] | None:
     """Revisited Oxford and Paris: the images of one list, in its order; queries are cut to their box."""
-    truth = read_revisited(folder, entry)
+    truth = read_ground_truth(folder, entry)
     top = folder / "jpg" if (folder / "jpg").is_dir() else folder
     paths = {path.stem: path for path in walking.list_images_below(top)}
-    rows = []
     for kind, stems in (("query", truth["qimlist"]), ("query_full", truth["qimlist"]), ("gallery", truth["imlist"])):
         for i, stem in enumerate(stems):
             row = {"path": paths.get(str(stem), top / f"{stem}.jpg"), "split": kind}
             if kind == "query":
                 row["crop"] = np.rint(np.ravel(truth["gnd"][i]["bbx"])).astype(np.int64)
             rows.append(row)
-    return check_listed(rows, split, entry), None
 
 
-def read_revisited(folder: Path, entry: dict) -> dict:
+def read_ground_truth(folder: Path, entry: dict) -> dict:
     """imlist, qimlist and gnd (per query: easy, hard, junk as rows from 0, and bbx) from the .pkl, else the .mat file."""
     path = folder / f"{entry['ground_truth']}.pkl"
     if path.exists():
@@ -154,7 +157,7 @@ def read_revisited(folder: Path, entry: dict) -> dict:
 class PlainPickle(pickle.Unpickler):
     """Reads lists, dicts, texts, numbers and numpy arrays; a pickle that asks for more could run code, and is refused."""
 
-    def find_class(self, module: str, name: str):
+    def find_class(self, module: str, name: str) -> object:
         module = module.replace("numpy._core", "numpy.core")
         known = {
             ("numpy", "ndarray"): np.ndarray,
@@ -169,18 +172,16 @@ class PlainPickle(pickle.Unpickler):
         return known[module, name]
 
 
-def read_cub(folder: Path, split: str, entry: dict):
+def read_cub(rows: list[dict], folder: Path, split: str, entry: dict) -> list[str] | None:
     """CUB-200-2011: numbered lists of images, classes, and the class of each image."""
     names, classes = (dict(read_lines(folder / name)) for name in ("classes.txt", "image_class_labels.txt"))
-    rows = []
     for number, path in read_lines(folder / "images.txt"):
         kind = "train" if int(classes[number]) <= entry["train_classes"] else "test"
         label = names[classes[number]].split(".", 1)[-1].replace("_", " ")
         rows.append({"path": folder / "images" / path, "split": kind, "label": label})
-    return check_listed(rows, split, entry), None
 
 
-def read_cars(folder: Path, split: str, entry: dict):
+def read_cars(rows: list[dict], folder: Path, split: str, entry: dict) -> list[str] | None:
     """Cars196: `car_ims/` with one list; `cars_train/` and `cars_test/` (on Kaggle each in another of that name) with one
     list each; or `car_data/`, classes as folders, as pytorch-metric-learning has it."""
     if (folder / "car_ims").is_dir():
@@ -191,22 +192,18 @@ def read_cars(folder: Path, split: str, entry: dict):
         names = [name.strip() for name in text_files.read_text_lines(folder / "names.csv")]
         images = [image for part in ("train", "test") for image in list_cars_by_class(folder, part)]
     else:
-        devkit = find_first(folder, "devkit", "car_devkit/devkit")
-        tests = [path for place in (folder, devkit) for path in sorted(place.glob("cars_test_annos_withlabels*.mat"))]
+        devkit, wanted = find_first(folder, "devkit", "car_devkit/devkit"), "cars_test_annos_withlabels.mat"
+        tests = [path for place in (folder, devkit) for path in sorted(place.glob(f"{wanted[:-4]}*.mat"))]
         if not tests:
-            raise ValueError(
-                f"{entry['title']}: cars_test_annos_withlabels.mat is in neither {folder} nor {devkit}; many copies lack it, "
-                "and cars_test_annos.mat has no classes. Get it, and put it into either"
-            )
+            why = "many copies lack it, and cars_test_annos.mat has no classes. Get it, and put it into either"
+            raise ValueError(f"{entry['title']}: {wanted} is in neither {folder} nor {devkit}; {why}")
         images, names = [], read_mat(devkit / "cars_meta.mat")["class_names"]
         for part, path in (("cars_train", devkit / "cars_train_annos.mat"), ("cars_test", tests[0])):
             top = find_first(folder, f"{part}/{part}", part)
             images += [(top / str(car["fname"]), car["class"]) for car in np.atleast_1d(read_mat(path)["annotations"])]
-    rows = []
     for path, number in images:
         kind = "train" if int(number) <= entry["train_classes"] else "test"
         rows.append({"path": path, "split": kind, "label": str(names[int(number) - 1])})
-    return check_listed(rows, split, entry), None
 
 
 def list_cars_by_class(folder: Path, part: str) -> list[tuple[Path, str]]:
@@ -217,50 +214,45 @@ def list_cars_by_class(folder: Path, part: str) -> list[tuple[Path, str]]:
     return [(paths.get(file, top / file), number) for file, *_, number in (line.split(",") for line in lines)]
 
 
-def read_sop(folder: Path, split: str, entry: dict):
+def read_sop(rows: list[dict], folder: Path, split: str, entry: dict) -> list[str] | None:
     """Stanford Online Products: Ebay_train.txt and Ebay_test.txt with image, class, kind of product and path."""
-    rows = []
     for kind in ("train", "test"):
         for _, number, _, path in read_lines(folder / f"Ebay_{kind}.txt")[1:]:
             label = f"{path.split('/')[0].removesuffix('_final').replace('_', ' ')} {int(number):05d}"
             rows.append({"path": folder / path, "split": kind, "label": label})
-    return check_listed(rows, split, entry), None
 
 
-def read_adience(folder: Path, split: str, entry: dict):
+def read_adience(rows: list[dict], folder: Path, split: str, entry: dict) -> list[str] | None:
     """Adience: `faces/USER/coarse_tilt_aligned_face.PERSON.PHOTO.jpg`, or `aligned/`."""
-    rows = []
     for path in walking.list_images_below(find_first(folder, "aligned", "faces")):
         parts = path.name.split(".")
         if len(parts) < 4:
             raise ValueError(f"{entry['title']}: {path} names no person, as in landmark_aligned_face.12.photo.jpg")
         rows.append({"path": path, "split": split, "label": f"person {int(parts[-3]):05d}"})
-    return rows, None
 
 
-def read_flowers(folder: Path, split: str, entry: dict):
+def read_flowers(rows: list[dict], folder: Path, split: str, entry: dict) -> list[str] | None:
     """Flowers102: `jpg/image_00001.jpg`, the class of each image, and the image numbers of each split."""
     from torchvision.datasets import Flowers102  # its authors' files do not hold the names of the classes
 
     labels, parts = read_mat(folder / "imagelabels.mat")["labels"], read_mat(folder / "setid.mat")
     names = getattr(Flowers102, "classes", None) or [f"flower {i + 1}" for i in range(102)]
-    rows = []
     for kind, key in (("train", "trnid"), ("validation", "valid"), ("test", "tstid")):
         for i in np.atleast_1d(parts[key]):
             path = folder / "jpg" / f"image_{i:05d}.jpg"
             rows.append({"path": path, "split": kind, "label": int(labels[i - 1]) - 1})
-    return check_listed(rows, split, entry), list(names)
+    return list(names)
 
 
-def read_aircraft(folder: Path, split: str, entry: dict):
+def read_aircraft(rows: list[dict], folder: Path, split: str, entry: dict) -> list[str] | None:
     """FGVC Aircraft: `data/images/1234567.jpg` and a list of image and variant for each split."""
-    top, rows = folder / "data", []
+    top = folder / "data"
     names = [" ".join(words) for words in read_lines(top / "variants.txt")]
     for kind, part in (("train", "train"), ("validation", "val"), ("test", "test")):
         for image, *variant in read_lines(top / f"images_variant_{part}.txt"):
             label = names.index(" ".join(variant))
             rows.append({"path": top / "images" / f"{image}.jpg", "split": kind, "label": label})
-    return check_listed(rows, split, entry), names
+    return names
 
 
 def load_imagenet_classes() -> tuple[dict[str, int], list[str]]:
@@ -272,19 +264,19 @@ def load_imagenet_classes() -> tuple[dict[str, int], list[str]]:
     return numbers, list(open_clip.IMAGENET_CLASSNAMES)
 
 
-def read_imagenet(folder: Path, split: str, entry: dict):
+def read_imagenet(rows: list[dict], folder: Path, split: str, entry: dict) -> list[str] | None:
     """ImageNet and its variants: a folder per class, named by WordNet id (or class number, in V2); val also without."""
     numbers, names = load_imagenet_classes()
     top = folder / entry["folders"][split]
     known = numbers | {str(i): i for i in range(len(names))}  # "10" is class 10, not the third
-    rows = list_by_folder(top, split, entry, known.get, "an ImageNet class (n01440764, or 0 to 999)")
+    rows += list_by_folder(top, split, entry, known.get, "an ImageNet class (n01440764, or 0 to 999)")
     if not rows and (paths := walking.list_images(top)):
         of_image = read_validation_labels(folder, entry)
         if unknown := [path for path in paths if path.stem not in of_image]:
             raise ValueError(f"{entry['title']}: no label for {len(unknown):,} of {len(paths):,} images: {unknown[0]}")
-        rows = [{"path": path, "split": split, "label": numbers[of_image[path.stem]]} for path in paths]
+        rows += [{"path": path, "split": split, "label": numbers[of_image[path.stem]]} for path in paths]
     rows.sort(key=lambda row: (row["label"], row["path"].name))
-    return rows, names
+    return names
 
 
 def read_validation_labels(folder: Path, entry: dict) -> dict[str, str]:
@@ -298,30 +290,30 @@ def read_validation_labels(folder: Path, entry: dict) -> dict[str, str]:
     return {f"ILSVRC2012_val_{i:08d}": wnid[number] for i, number in enumerate(ids, 1)}
 
 
-def read_objectnet(folder: Path, split: str, entry: dict):
+def read_objectnet(rows: list[dict], folder: Path, split: str, entry: dict) -> list[str] | None:
     """ObjectNet: `images/air_freshener/1.png`; "test" keeps the classes that ImageNet has too. The border is cut off."""
     label_file = "mappings/folder_to_objectnet_label.json"
     labels = text_files.read_json(folder / label_file)
     both = text_files.read_json(folder / "mappings" / "objectnet_to_imagenet_1k.json")
-    rows = list_by_folder(folder / "images", split, entry, labels.get, f"one in {label_file}")
-    return [row | {"crop": entry["crop"]} for row in rows if split == "all" or row["label"] in both], None
+    found = list_by_folder(folder / "images", split, entry, labels.get, f"one in {label_file}")
+    rows += [row | {"crop": entry["crop"]} for row in found if split == "all" or row["label"] in both]
 
 
-def read_karpathy(folder: Path, split: str, entry: dict):
+def read_karpathy(rows: list[dict], folder: Path, split: str, entry: dict) -> list[str] | None:
     """COCO and Flickr30k: Karpathy's list of images, each with its split and captions, of which the first five count; or
     the lists of one split each that CLIP_benchmark makes of it."""
     own_list = folder / entry["list_of_split"].format({"validation": "val"}.get(split, split))
     whole = find_first(folder, entry["list"], f"caption_datasets/{entry['list']}")
     top = find_first(folder, *entry["folders"], ".")
     if not whole.exists() and own_list.exists():
-        return check_listed(read_clip_benchmark_list(own_list, split, top), split, entry | {"unlisted": "any"}), None
+        rows += read_clip_benchmark_list(own_list, split, top)
+        entry["unlisted"] = "any"  # what the lists of other splits name is not known
+        return None
     kinds = {part: kind for kind, parts in entry["parts"].items() for part in parts}
-    rows = []
     for image in text_files.read_json(whole)["images"]:
         captions = [" ".join(sentence["raw"].split()) for sentence in image["sentences"][:5]]
         path = top / image.get("filepath", "") / image["filename"]
         rows.append({"path": path, "split": kinds[image["split"]], "captions": captions})
-    return check_listed(rows, split, entry), None
 
 
 def read_clip_benchmark_list(path: Path, split: str, top: Path) -> list[dict]:
@@ -330,11 +322,9 @@ def read_clip_benchmark_list(path: Path, split: str, top: Path) -> list[dict]:
     captions: dict[str, list[str]] = {}
     if path.suffix == ".json":
         content = text_files.read_json(path)
-        place = {
-            one["id"]: f"{'val' if 'val2014' in one['file_name'] else 'train'}2014/{one['file_name']}"
-            for one in content["images"]
-        }
-        told = [(place[one["image_id"]], one["caption"]) for one in content["annotations"]]
+        names = {one["id"]: one["file_name"] for one in content["images"]}
+        names = {key: f"{'val' if 'val2014' in name else 'train'}2014/{name}" for key, name in names.items()}
+        told = [(names[one["image_id"]], one["caption"]) for one in content["annotations"]]
     else:
         lines = [line.partition(",") for line in list(text_files.read_text_lines(path))[1:] if line.strip()]
         told = [(name.strip(), own_images.unquote(caption.strip())) for name, _, caption in lines]
@@ -343,7 +333,7 @@ def read_clip_benchmark_list(path: Path, split: str, top: Path) -> list[dict]:
     return [{"path": top / name, "split": split, "captions": texts[:5]} for name, texts in captions.items()]
 
 
-def read_gldv2(folder: Path, split: str, entry: dict):
+def read_gldv2(rows: list[dict], folder: Path, split: str, entry: dict) -> list[str] | None:
     """Google Landmarks v2: `train/a/b/c/abc....jpg`, one .csv for each split. Queries without a landmark are left out."""
     top = folder / {"query": "test", "gallery": "index"}.get(split, "train")
     names, relevant = None, {}
@@ -362,51 +352,31 @@ def read_gldv2(folder: Path, split: str, entry: dict):
     elif names is None:  # on Kaggle train.csv is the clean list already
         listed = [(line["id"], line["landmark_id"]) for line in read_csv(folder / "train.csv")]
     paths = {path.stem: path for path in walking.list_images_below(top)}
-    rows = []
     for image, number in listed:
         path = paths.get(image, top / image[0] / image[1] / image[2] / f"{image}.jpg")
         row = {"path": path, "split": split, "label": f"landmark {int(number):06d}"}
         rows.append(row | {"relevant": relevant.get(image, [])})
-    return check_listed(rows, split, entry), names
+    return names
 
 
-def read_products10k(folder: Path, split: str, entry: dict):
+def read_products10k(rows: list[dict], folder: Path, split: str, entry: dict) -> list[str] | None:
     """Products-10K: `train/1.jpg` and `test/1.jpg`, with a .csv of image and class for each."""
-    rows = []
     for kind, table in (("train", "train.csv"), ("test", "test_kaggletest.csv")):
         for line in read_csv(folder / table):
             label = f"product {int(line['class']):05d}"
             rows.append({"path": folder / kind / line["name"], "split": kind, "label": label})
-    return check_listed(rows, split, entry), None
 
 
-def read_inaturalist2021(folder: Path, split: str, entry: dict):
+def read_inaturalist2021(rows: list[dict], folder: Path, split: str, entry: dict) -> list[str] | None:
     """iNaturalist 2021: a folder per species, `train/00000_Animalia_..._Genus_species/`; its number is the class."""
-
-    def find_number(name: str) -> int | None:
-        number = name.split("_")[0]
-        return int(number) if number.isdigit() else None
-
-    like = "a species (00000_Animalia_..._Genus_species)"
-    rows = list_by_folder(folder / entry["folders"][split], split, entry, find_number, like)
+    top, like = folder / entry["folders"][split], "a species (00000_Animalia_..._Genus_species)"
+    rows += list_by_folder(top, split, entry, find_class_number, like)
     names = {row["label"]: " ".join(row["path"].parent.name.split("_")[-2:]) for row in rows}
-    return rows, [names.get(i, f"class {i}") for i in range(max(names, default=-1) + 1)]
+    return [names.get(i, f"class {i}") for i in range(max(names, default=-1) + 1)]
 
 
-READERS = {
-    "gpr1200": read_gpr1200,
-    "instre": read_instre,
-    "revisited": read_revisited_pixels,
-    "cub": read_cub,
-    "cars": read_cars,
-    "sop": read_sop,
-    "adience": read_adience,
-    "flowers": read_flowers,
-    "aircraft": read_aircraft,
-    "imagenet": read_imagenet,
-    "objectnet": read_objectnet,
-    "karpathy": read_karpathy,
-    "gldv2": read_gldv2,
-    "products10k": read_products10k,
-    "inaturalist2021": read_inaturalist2021,
-}
+FOLDERS = (read_gpr1200, read_instre, read_adience, read_imagenet, read_objectnet, read_inaturalist2021)
+LISTS = (
+    read_revisited, read_cub, read_cars, read_sop, read_flowers, read_aircraft, read_karpathy, read_gldv2, read_products10k,
+)  # fmt: skip
+READERS = {reader.__name__.removeprefix("read_"): reader for reader in (*FOLDERS, *LISTS)}

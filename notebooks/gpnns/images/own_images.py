@@ -21,8 +21,6 @@ from PIL import Image
 import gpnns_utils as gu
 from gpnns.images import downloads, text_files, walking
 
-# --- splits of folders -----------------------------------------------------------------------------------------------
-
 PICTURES = {  # what people mean by a picture; `readable` says which of them Pillow reads here
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".avif", ".heic",
     ".heif", ".jxl", ".jp2", ".j2k", ".jpx", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".psd", ".svg", ".eps", ".pcx", ".qoi",
@@ -78,13 +76,11 @@ def choose_split(folder: Path, inside: set[str], split: str) -> str | None:
     if len(fitting) == 1:
         return fitting[0]
     wrong = f"both {' and '.join(fitting)}" if fitting else f"{', '.join(splits)}, but no {split}"
-    raise ValueError(
-        f"{folder} has {wrong}: images of several splits are not measured together. Give one of them, such as "
-        f"{folder / (fitting or splits)[0]}, or name the one that you mean {split}"
-    )
+    remedy = f"Give one, such as {folder / (fitting or splits)[0]}, or name the one that you mean {split}"
+    raise ValueError(f"{folder} has {wrong}: images of several splits are not measured together. {remedy}")
 
 
-def has_split(source: Path, split: str) -> bool:
+def has_own_split(source: Path, split: str) -> bool:
     """Whether a folder or a table of one's own has images of this split, apart from others."""
     if source.is_dir():
         _, inside, _ = find_splits(source, walking.list_files(source)[0])
@@ -124,9 +120,6 @@ def choose_shards(shards: list[Path], split: str) -> list[Path]:
     return fitting or shards
 
 
-# --- folders ---------------------------------------------------------------------------------------------------------
-
-
 def read_folder(folder: Path, split: str) -> tuple[list[dict], list[str], list[str]]:
     """The images below `folder`, with label and group from the names of its folders."""
     files, passed = walking.list_files(folder)
@@ -135,7 +128,7 @@ def read_folder(folder: Path, split: str) -> tuple[list[dict], list[str], list[s
     top, notes = folder / part if part else folder, [f"split {part}" if part else "no splits"]
     if part:
         beside = sorted(inside - {part})
-        notes += list_names("folders beside the splits passed over:", [n for n in beside if not parse_split(n)])
+        notes += list_names("folders beside the splits passed over:", (n for n in beside if not parse_split(n)))
         notes += list_names("beside it", filter(parse_split, beside))
         loose = sum(path.parent == folder for path in pictures)
         notes += [f"{loose} pictures beside the splits passed over"] if loose else []
@@ -147,23 +140,19 @@ def read_folder(folder: Path, split: str) -> tuple[list[dict], list[str], list[s
     if packed:
         rows, left_out, more = read_shards(pictures if part else choose_shards(pictures, split))
         return rows, left_out, notes + more
-    rows, left_out, known = [], [], list_readable_suffixes()
-    for path in pictures:
+    rows, known = [], list_readable_suffixes()
+    unread = [path for path in pictures if get_suffix(path) not in known]
+    left_out = [f"{text_files.to_printable(path)} (this Pillow cannot read {get_suffix(path)})" for path in unread]
+    for path in filter(lambda path: get_suffix(path) in known, pictures):
         *above, label = map(text_files.to_printable, path.relative_to(top).parts[:-1] or ("",))
-        if get_suffix(path) in known:
-            rows.append({"path": path, "label": label, "group": "/".join(above)})
-        else:
-            left_out.append(f"{text_files.to_printable(path)} (this Pillow cannot read {get_suffix(path)})")
+        rows.append({"path": path, "label": label, "group": "/".join(above)})
     if not rows:
         kinds = sorted({get_suffix(path) or "no suffix" for path in files if path.is_relative_to(top)})
         found = f"found only files with {', '.join(kinds[:8])}" if kinds else "it is empty"
         raise ValueError(f"no images below {top.absolute()}: {found}; readable here: {', '.join(sorted(known))}")
     if all(parse_split(row["label"]) for row in rows) and any(row["group"] for row in rows):
-        example = text_files.to_printable(rows[0]["path"].relative_to(top))
-        raise ValueError(
-            f"{top}: the splits lie inside the classes ({example}), so every image would belong to a class called like a "
-            "split; arrange the folders as split/class/file"
-        )
+        inner = text_files.to_printable(rows[0]["path"].relative_to(top))
+        raise ValueError(f"{top}: the splits lie inside the classes ({inner}); arrange the folders as split/class/file")
     bank = next((path for path in (top / "captions.json", folder / "captions.json") if path.exists()), None)
     return rows, left_out, notes + (add_captions(rows, bank, top) if bank else [])
 
@@ -172,9 +161,6 @@ def list_names(what: str, names: Iterable[str]) -> list[str]:
     """A note that ends with names; none where there are none."""
     names = list(names)
     return [f"{what} {', '.join(names)}"] if names else []
-
-
-# --- captions --------------------------------------------------------------------------------------------------------
 
 
 def add_captions(rows: list[dict], path: Path, top: Path) -> list[str]:
@@ -203,13 +189,10 @@ def add_captions(rows: list[dict], path: Path, top: Path) -> list[str]:
         used.update(found)
     unused = [key for key in captions if key not in used]
     if unused and not used:
-        raise ValueError(
-            f"{path}: none of its keys, such as {unused[0]!r}, is the name of a class or of an image below {top}"
-        )
+        what = f"none of its keys, such as {unused[0]!r}, is the name of a class or of an image"
+        raise ValueError(f"{path}: {what} below {top}")
     return [f"no image for {len(unused)} keys of {path.name}: {', '.join(unused[:3])}"] if unused else []
 
-
-# --- tables ----------------------------------------------------------------------------------------------------------
 
 COLUMNS = {  # the names that other programs give to the columns; the first that is there counts
     "path": ("path", "filepath", "file_path", "filename", "file_name", "file", "image", "image_path", "img_path", "img"),
@@ -244,18 +227,9 @@ def open_table(path: Path, needs: str = "path") -> tuple[dict[str, str], list[st
             remedy = "it seems to be an image already: write a line such as 'path,label' above it"
         first = ", ".join(names)[:200] or "nothing"
         raise ValueError(f"{path} has no column {needs!r}; its first line holds {first}; {remedy}")
-
-    def name_cells() -> Iterator[tuple[int, dict]]:
-        for number, cells in rows:
-            if len(cells) != len(names):
-                raise ValueError(
-                    f"{path}, line {number} has {len(cells)} columns where the first line has {len(names)}; put texts "
-                    "that hold the character between columns in quotation marks"
-                )
-            row = dict(zip(names, cells, strict=True))
-            yield number, {column: row[name] for column, name in columns.items()}
-
-    return columns, [name for name in names if name not in columns.values()], name_cells()
+    places = {column: names.index(name) for column, name in columns.items()}
+    lines = ((number, {column: cells[place] for column, place in places.items()}) for number, cells in rows)
+    return columns, [name for name in names if name not in columns.values()], lines
 
 
 def read_text_rows(path: Path, needs: str) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
@@ -265,14 +239,13 @@ def read_text_rows(path: Path, needs: str) -> tuple[list[str], Iterator[tuple[in
     betweens = "\t" if get_suffix(path) == ".tsv" else ",;\t|"
     headers = {between: next(csv.reader([first], delimiter=between, skipinitialspace=True), []) for between in betweens}
     between = max(headers, key=lambda one: (needs in find_columns(headers[one], path), len(headers[one])))
-    return headers[between], read_cells(path, lines, between)
+    return headers[between], read_cells(path, lines, between, len(headers[between]))
 
 
-def read_cells(path: Path, lines: Iterator[str], between: str) -> Iterator[tuple[int, list[str]]]:
-    """The rows below the header, each with the number of the line where it begins. ValueError for an open quotation mark."""
-    tabs = (
-        between == "\t"
-    )  # then a text may begin with a quotation mark, which is one; else it must close what it opens
+def read_cells(path: Path, lines: Iterator[str], between: str, width: int) -> Iterator[tuple[int, list[str]]]:
+    """The rows below the header, each with the number of the line where it begins. ValueError for an open quotation mark,
+    and for a row of more or fewer than `width` cells."""
+    tabs = between == "\t"  # then a text may begin with a quotation mark; else that must close what it opens
     quoting = csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL
     reader = csv.reader(lines, delimiter=between, skipinitialspace=True, strict=True, quoting=quoting)
     while True:
@@ -286,6 +259,9 @@ def read_cells(path: Path, lines: Iterator[str], between: str) -> Iterator[tuple
         inner = [line for cell in cells for line in cell.split("\n")[1:]]
         if any(get_suffix(line.split(between)[0].strip()) in PICTURES for line in inner):
             raise ValueError(f"{path}, line {number}: a quotation mark takes in the lines after it; {CLOSED}")
+        if cells and len(cells) != width:
+            wrong = f"has {len(cells)} columns where the first line has {width}"
+            raise ValueError(f"{path}, line {number} {wrong}; put texts that hold {between!r} in quotation marks")
         if cells:
             yield number, list(map(unquote, cells)) if tabs else cells
 
@@ -309,9 +285,8 @@ def read_parquet_rows(path: Path) -> tuple[list[str], Iterator[tuple[int, list]]
     try:
         table = read_table(path)
     except (OSError, ValueError) as error:  # pyarrow's errors are among these
-        raise ValueError(
-            f"{path} cannot be read as a parquet table ({str(error).splitlines()[0]}); get it again"
-        ) from error
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} cannot be read as a parquet table ({reason}); get it again") from error
     return table.column_names, ((i, list(row.values())) for i, row in enumerate(table.to_pylist(), 2))
 
 
@@ -337,27 +312,21 @@ def read_own_table(table: Path, split: str) -> tuple[list[dict], list[str], list
         known["captions"] += [text for text in row["captions"] if text not in known["captions"]]
         for column in ("label", "group"):
             if row[column] and known[column] and row[column] != known[column]:
-                raise ValueError(
-                    f"{table}, line {number}: {row['path']} has the {column} {row[column]!r}, in line {first_line[key]} "
-                    f"it has {known[column]!r}; an image has one {column}, and several captions in lines or between |"
-                )
+                before = f"in line {first_line[key]} it has {known[column]!r}; an image has one {column}"
+                raise ValueError(f"{table}, line {number}: {row['path']} has the {column} {row[column]!r}, {before}")
             known[column] = known[column] or row[column]
-    if not images and found:
-        there = ", ".join(name or "nothing" for name in found)
-        raise ValueError(f"{table} has a column 'split' (with {there}) but no image in split {split!r}")
     if not images:
-        raise ValueError(f"{table} names no images: put one into each line below the first")
-    rows, left_out, listings = [], [], {}
-    for key, row in images.items():
-        path = find_stored(table.parent / key, listings) or find_stored(table.parent / row["path"], listings)
-        if path:
-            rows.append(row | {"path": path})
-        else:
-            left_out.append(f"{table.parent / key} (it is not there)")
+        there = ", ".join(name or "nothing" for name in found)
+        elsewhere = f"has a column 'split' (with {there}) but no image in split {split!r}"
+        raise ValueError(f"{table} {elsewhere if found else 'names no images: put one into each line below the first'}")
+    listings = {}
+    places = {key: (table.parent / key, table.parent / row["path"]) for key, row in images.items()}
+    stored = {key: find_stored(one, listings) or find_stored(two, listings) for key, (one, two) in places.items()}
+    rows = [images[key] | {"path": path} for key, path in stored.items() if path]
+    left_out = [f"{places[key][0]} (it is not there)" for key, path in stored.items() if not path]
     if not rows:
-        raise ValueError(
-            f"{table}: none of its {len(images)} images is there; paths count from its folder: {left_out[0]}"
-        )
+        gone = f"none of its {len(images)} images is there; paths count from its folder"
+        raise ValueError(f"{table}: {gone}: {left_out[0]}")
     notes = [f"split {split}" if "split" in columns else "no splits"]
     beside = {name: count for name, count in found.items() if "split" in columns and to_split(name) != to_split(split)}
     notes += list_names("beside it", [f"{name or 'nothing'} {count:,}" for name, count in beside.items()])
@@ -375,9 +344,6 @@ def find_stored(path: Path, listings: dict[Path, dict[str, Path]]) -> Path | Non
         printed = {text_files.to_printable(name): stored / name for name in names}
         listings[folder] = printed | {name: stored / name for name in names}
     return listings[folder].get(path.name) or listings[folder].get(text_files.to_printable(path.name))
-
-
-# --- tars ------------------------------------------------------------------------------------------------------------
 
 
 def read_shards(shards: Sequence[Path]) -> tuple[list[dict], list[str], list[str]]:
@@ -424,19 +390,12 @@ def read_sample(parts: dict[str, Path]) -> dict:
     if not isinstance(facts, dict):
         raise ValueError(f"{parts['.json']} holds a {type(facts).__name__}, not a dict with 'label' or 'caption'")
     try:
-        label = text_files.read_text(parts[".cls"]) if ".cls" in parts else facts.get("label")
-        captions = (
-            text_files.read_text(parts[".txt"]).splitlines()
-            if ".txt" in parts
-            else facts.get("caption", facts.get("captions"))
-        )
+        label, captions = facts.get("label"), facts.get("caption", facts.get("captions"))
+        label = text_files.read_text(parts[".cls"]) if ".cls" in parts else label
+        captions = text_files.read_text(parts[".txt"]).splitlines() if ".txt" in parts else captions
         return {"label": text_files.to_text(label), "captions": text_files.to_texts(captions)}
     except ValueError as error:
-        named = parts.get(".json", next(iter(parts.values())))
-        raise ValueError(f"{named}: {error}") from error
-
-
-# --- all of them -----------------------------------------------------------------------------------------------------
+        raise ValueError(f"{parts.get('.json', next(iter(parts.values())))}: {error}") from error
 
 
 def read_own_images(source: Path, split: str) -> tuple[list[dict], list[str], list[str]]:
@@ -456,8 +415,7 @@ def read_own_images(source: Path, split: str) -> tuple[list[dict], list[str], li
     rows.sort(key=lambda row: (text_files.to_printable(row["path"]), os.fsencode(row["path"])))
     unlabelled = [row for row in rows if not row.get("label")]
     if 0 < len(unlabelled) < len(rows):
-        raise ValueError(
-            f"{source}: {len(unlabelled)} of {len(rows)} images have no label, for example "
-            f"{text_files.to_printable(unlabelled[0]['path'])}; give every image one, or none"
-        )
+        example = text_files.to_printable(unlabelled[0]["path"])
+        what = f"{len(unlabelled)} of {len(rows)} images have no label, for example {example}"
+        raise ValueError(f"{source}: {what}; give every image one, or none")
     return rows, left_out, notes

@@ -11,7 +11,7 @@ import gpnns_utils as gu
 from gpnns.images import datasets, downloads, image_set, own_images
 
 
-def check_labels(images: gu.ImageSet) -> gu.ImageSet:
+def require_labels(images: gu.ImageSet) -> gu.ImageSet:
     """The same images; ValueError for a set without labels."""
     if images.labels is None:
         raise ValueError(f"{images.name} {image_set.NO_LABELS}")
@@ -24,14 +24,13 @@ def split_classes(images: gu.ImageSet, share: float, seed: int = 0) -> tuple[gu.
     Only classes with two images or more are cut off, because a single image has nothing to find. Raises ValueError
     without labels, or when there are too few classes for both sides.
     """
-    check_labels(images)
+    require_labels(images)
     classes, counts = np.unique(images.labels, return_counts=True)
     measurable = classes[counts > 1]
     number = max(2, min(round(share * len(classes)), len(measurable)))
     if len(classes) - number < 2 or len(measurable) < 2:
-        raise ValueError(
-            f"{images.name} has {len(classes)} classes; at least {number + 2} are needed, {number} of them, with two images or more, to measure on: add classes"
-        )
+        need = f"at least {number + 2} are needed, {number} of them, with two images or more, to measure on"
+        raise ValueError(f"{images.name} has {len(classes)} classes; {need}: add classes")
     held = np.isin(images.labels, np.random.default_rng(seed).choice(measurable, number, replace=False))
     return images.subset(~held), images.subset(held)
 
@@ -58,10 +57,9 @@ class Splits:
     def open_sets(self) -> tuple[gu.ImageSet, gu.ImageSet, gu.ImageSet]:
         """Train, validation and test of an open question. ValueError for a closed one."""
         if self.question == "closed":
-            raise ValueError(
-                f"{self.test[0].name} shows the classes that are trained on, so it asks for things known (closed); here they must "
-                "be others (open): give images of other classes, or none, so that classes are cut off"
-            )
+            asks = "shows the classes that are trained on, so it asks for things known (closed)"
+            remedy = "here they must be others (open): give images of other classes, or none, and some are cut off"
+            raise ValueError(f"{self.test[0].name} {asks}; {remedy}")
         return self.train, self.validation[0], self.test[0]
 
 
@@ -81,18 +79,18 @@ def load_splits(train_images: str | Path, test_images: str | Path = "", seed: in
         if test_images:
             raise ValueError("test_images belong to train_images of your own; the drawn world brings its test")
         parts = ("train", "validation", "test", "captions_validation", "captions")
-        train, validation, test, *asked = (datasets.load("mini", part) for part in parts)
+        train, validation, test, *asked = (datasets.load_images("mini", part) for part in parts)
         asked = map(add_names_as_captions, asked)
         return tell_question(Splits("open", train, (validation, validation), (test, test), *asked))
-    train, searched = check_labels(datasets.load(train_images, "train")), None
-    test = datasets.load(test_images, "test") if test_images else load_split_beside(train_images, "test")
+    train, searched = require_labels(datasets.load_images(train_images, "train")), None
+    test = datasets.load_images(test_images, "test") if test_images else load_split_beside(train_images, "test")
     validation = load_split_beside(train_images, "validation")
     if test is None:
         queries, gallery = (load_split_beside(train_images, part) for part in ("query", "gallery"))
         test, searched = (queries, gallery) if queries and gallery else (None, None)
     if test is None:
         train, test = split_classes(train, 0.2, seed)
-    question = find_question(train, check_labels(test))
+    question = find_question(train, require_labels(test))
     if validation and (validation.labels is None or find_question(train, validation, "") != question):
         print(f"{validation.name} does not ask the same ({question}) as {test.name}, and is left aside")
         validation = None
@@ -119,10 +117,8 @@ def load_splits(train_images: str | Path, test_images: str | Path = "", seed: in
         else:
             validation = check_apart(check_apart(use_labels_of(train, validation), train), test)
         gallery = searched or train
-    chosen_on = validation, validation if question == "open" else train
-    return tell_question(
-        Splits(question, train, chosen_on, (test, gallery), *map(add_names_as_captions, (validation, test)))
-    )
+    chosen_on, asked = (validation, validation if question == "open" else train), (validation, test)
+    return tell_question(Splits(question, train, chosen_on, (test, gallery), *map(add_names_as_captions, asked)))
 
 
 def tell_question(splits: Splits) -> Splits:
@@ -151,7 +147,7 @@ def load_split_beside(source: str | Path, split: str) -> gu.ImageSet | None:
     """Another split of the same source, or None where it has none."""
     if not has_split(source, split):
         return None
-    images = datasets.load(source, split)
+    images = datasets.load_images(source, split)
     return images if images.name.endswith(f" {split}") else replace(images, name=f"{images.name} {split}")
 
 
@@ -160,7 +156,7 @@ def has_split(source: str | Path, split: str) -> bool:
     names = [part.strip().partition(":")[0] for part in str(source).split(" + ")]
     if set(names) <= set(datasets.TABLE) and not Path(source).exists():
         return str(source) in datasets.TABLE and split in datasets.TABLE[str(source)]["splits"]
-    return own_images.has_split(Path(source).expanduser(), split)
+    return own_images.has_own_split(Path(source).expanduser(), split)
 
 
 def find_question(train: gu.ImageSet, other: gu.ImageSet, mixed: str | None = None) -> str:
@@ -172,10 +168,9 @@ def find_question(train: gu.ImageSet, other: gu.ImageSet, mixed: str | None = No
     if not shared or shared == sorted(shown):
         return "closed" if shared else "open"
     if mixed is None:
-        raise ValueError(
-            f"{len(shared)} of the {len(shown)} classes of {other.name} are trained on, for example {shared[0]}, and others are "
-            f"not, for example {min(shown - known)}: ask for known things (closed) or for new ones (open), not for both at once"
-        )
+        both = f"are trained on, for example {shared[0]}, and others are not, for example {min(shown - known)}"
+        ask = "ask for known things (closed) or for new ones (open), not for both at once"
+        raise ValueError(f"{len(shared)} of the {len(shown)} classes of {other.name} {both}: {ask}")
     return mixed
 
 
@@ -190,10 +185,9 @@ def use_labels_of(train: gu.ImageSet, other: gu.ImageSet) -> gu.ImageSet:
 def check_apart(other: gu.ImageSet, train: gu.ImageSet) -> gu.ImageSet:
     """The other set; ValueError when a picture of it is in the first: it would find itself."""
     if twice := find_shared_images(train, other):
-        raise ValueError(
-            f"{len(twice)} of {len(other)} images of {other.name} are also in {train.name}, for example "
-            f"{other.describe(twice[0][1])} as {train.describe(twice[0][0])}: each would find itself; take them out of one"
-        )
+        example = f"for example {other.describe(twice[0][1])} as {train.describe(twice[0][0])}"
+        count = f"{len(twice)} of {len(other)} images of {other.name} are also in {train.name}"
+        raise ValueError(f"{count}, {example}: each would find itself; take them out of one")
     return other
 
 
@@ -218,9 +212,7 @@ def split_images(images: gu.ImageSet, share: float, seed: int = 0) -> tuple[gu.I
             left[images.labels[row]] -= 1
             cut.append(row)
     if len(cut) < 2:
-        raise ValueError(
-            f"{images.name} has one image for nearly every class, so that none can be set apart to choose on; add images, or a "
-            "folder 'validation' with others beside 'train'"
-        )
+        one = "has one image for nearly every class, so that none can be set apart to choose on"
+        raise ValueError(f"{images.name} {one}; add images, or a folder 'validation' with others beside 'train'")
     held = np.isin(np.arange(len(images)), cut)
     return images.subset(~held), images.subset(held)

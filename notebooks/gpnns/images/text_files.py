@@ -10,10 +10,10 @@ import os
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 
-def read_json(path: Path):
+def read_json(path: Path) -> Any:
     """The content of a .json file; ValueError names a damaged one."""
     text = read_text(path)
     try:
@@ -21,8 +21,6 @@ def read_json(path: Path):
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}); correct it, or get it again") from error
 
-
-# --- texts -----------------------------------------------------------------------------------------------------------
 
 AS_UTF8 = "save the file as UTF-8 (Excel: 'CSV UTF-8'; iconv -f CP1252 -t UTF-8)"
 
@@ -69,7 +67,7 @@ def to_printable(text: str | Path) -> str:
     return unicodedata.normalize("NFC", os.fsencode(text).decode("utf-8", "backslashreplace"))
 
 
-def to_text(value) -> str:
+def to_text(value: object) -> str:
     """A value of a table or a JSON file as text: 3.0 is "3", what is missing (None, NaN) is "". ValueError for others."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
@@ -80,7 +78,7 @@ def to_text(value) -> str:
     return unicodedata.normalize("NFC", str(value).strip())
 
 
-def to_texts(value, between: str | None = None) -> list[str]:
+def to_texts(value: object, between: str | None = None) -> list[str]:
     """Captions as a list of texts: one text, several with `between` between them, or a list of texts."""
     if isinstance(value, (list, tuple)):
         texts = [text for one in value for text in to_texts(one)]

@@ -37,9 +37,7 @@ def list_subfolders(folder: Path) -> list[Path]:
 
 def list_images(folder: Path) -> list[Path]:
     """The image files in a folder, by name."""
-    with os.scandir(folder) as entries:
-        names = sorted(e.name for e in entries if image_set.is_image(e.name))
-    return [folder / name for name in names]
+    return [folder / name for name in sorted(os.listdir(folder)) if image_set.is_image(name)]
 
 
 def list_images_below(folder: Path) -> list[Path]:

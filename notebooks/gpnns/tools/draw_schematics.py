@@ -22,6 +22,9 @@ TRAINED, FIXED, PLAIN, INK = "#F6C66B", "#BCD9EC", "#FFFFFF", "#333333"
 RIGHT, WRONG = "#009E73", "#D55E00"
 
 
+Point = tuple[float, float]
+
+
 def open_sheet(width: float, height: float) -> plt.Axes:
     """Axes without axes, one unit to the inch, y upwards."""
     figure = plt.figure(figsize=(width, height), layout="none")
@@ -31,46 +34,62 @@ def open_sheet(width: float, height: float) -> plt.Axes:
     return axis
 
 
-def add_box(axis, x: float, y: float, text: str, color: str = PLAIN, width: float = 1.5, height: float = 0.62) -> None:
+def add_box(
+    axis: plt.Axes, x: float, y: float, text: str, color: str = PLAIN, width: float = 1.5, height: float = 0.62
+) -> None:
     """A box with its middle at (x, y)."""
     corner, style = (x - width / 2, y - height / 2), "round,pad=0,rounding_size=0.08"
     axis.add_patch(FancyBboxPatch(corner, width, height, style, facecolor=color, edgecolor=INK, linewidth=1.2))
     axis.text(x, y, text, ha="center", va="center", fontsize=min(10.5, 9.5 * width), color=INK, linespacing=1.25)
 
 
-def add_rectangle(axis, x: float, y: float, width: float, height: float, color: str, edge: str = INK, line=1.2) -> None:
+def add_rectangle(
+    axis: plt.Axes, x: float, y: float, width: float, height: float, color: str, edge: str = INK, line: float = 1.2
+) -> None:
     """A rectangle with its lower left corner at (x, y)."""
     axis.add_patch(plt.Rectangle((x, y), width, height, facecolor=color, edgecolor=edge, linewidth=line))
 
 
-def add_arrow(axis, start, end, color: str = INK, style: str = "-|>", bend: float = 0.0, dashed: bool = False) -> None:
+def add_arrow(
+    axis: plt.Axes,
+    start: Point,
+    end: Point,
+    color: str = INK,
+    style: str = "-|>",
+    bend: float = 0.0,
+    dashed: bool = False,
+) -> None:
     look = {"arrowstyle": style, "color": color, "linewidth": 1.5, "shrinkA": 0, "shrinkB": 0, "mutation_scale": 13}
     look |= {"connectionstyle": f"arc3,rad={bend}", "linestyle": "--" if dashed else "-"}
     axis.annotate("", end, start, zorder=1, arrowprops=look)
 
 
-def add_arrows(axis, y: float, *spans: tuple[float, float]) -> None:
+def add_arrows(axis: plt.Axes, y: float, *spans: tuple[float, float]) -> None:
     """Level arrows at one height, each from one x to another."""
     for start, end in spans:
         add_arrow(axis, (start, y), (end, y))
 
 
-def add_note(axis, x: float, y: float, text: str, size: float = 9.5, color: str = INK, align: str = "center") -> None:
+def add_note(
+    axis: plt.Axes, x: float, y: float, text: str, size: float = 9.5, color: str = INK, align: str = "center"
+) -> None:
     axis.text(x, y, text, ha=align, va="center", fontsize=size, color=color, linespacing=1.25)
 
 
-def add_photo(axis, x: float, y: float, split: str, domain: str, number: int, view: int, size: float = 0.62) -> None:
+def add_photo(
+    axis: plt.Axes, x: float, y: float, split: str, domain: str, number: int, view: int, size: float = 0.62
+) -> None:
     """An image of the mini world with its middle at (x, y)."""
     pixels = mini_world.draw_image(split, domain, number, view=view)
     axis.imshow(pixels, extent=(x - size / 2, x + size / 2, y - size / 2, y + size / 2), zorder=2)
 
 
-def add_key(axis, x: float, y: float, color: str, text: str) -> None:
+def add_key(axis: plt.Axes, x: float, y: float, color: str, text: str) -> None:
     add_rectangle(axis, x, y - 0.08, 0.2, 0.16, color, line=1)
     add_note(axis, x + 0.28, y, text, 9, align="left")
 
 
-def add_legend(axis, x: float, y: float) -> None:
+def add_legend(axis: plt.Axes, x: float, y: float) -> None:
     for i, (color, text) in enumerate(((TRAINED, "is trained"), (FIXED, "stays as it is"))):
         add_key(axis, x + 1.35 * i, y, color, text)
 

@@ -76,7 +76,7 @@ def make_anchor(heading: str) -> str:
 
 class PageExporter(HTMLExporter):
     @pass_context
-    def markdown2html(self, context, source: str) -> str:
+    def markdown2html(self, context: dict, source: str) -> str:
         path = context["resources"]["metadata"]["path"]
         return MarkdownWithMath(PageRenderer(escape=False, embed_images=True, path=path)).render(source)
 

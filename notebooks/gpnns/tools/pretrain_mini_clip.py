@@ -14,6 +14,7 @@ import hashlib
 import json
 import re
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -22,6 +23,7 @@ import open_clip
 import torch
 from open_clip.loss import ClipLoss
 from safetensors.torch import load_file, save_file
+from timm.optim import param_groups_weight_decay
 from torch.nn.functional import interpolate
 
 import gpnns_utils as gu
@@ -63,7 +65,7 @@ def write_vocabulary(path: Path, captions: list[str]) -> None:
 class Pairs(torch.utils.data.Dataset):
     """An image and a caption, both anew each time: a crop and a contrast; a level, a template, now and then a mistake."""
 
-    def __init__(self, world: dict, tokenizer, wrong: float):
+    def __init__(self, world: dict, tokenizer: Callable, wrong: float):
         self.images = torch.from_numpy(np.array(world["images"])).permute(0, 3, 1, 2)
         self.captions, self.tokenizer, self.wrong = world["captions"], tokenizer, wrong
 
@@ -86,7 +88,7 @@ class Pairs(torch.utils.data.Dataset):
 
 
 class Contrast(torch.nn.Module):
-    def __init__(self, model):
+    def __init__(self, model: torch.nn.Module):
         super().__init__()
         self.model, self.loss = model, ClipLoss()
 
@@ -96,9 +98,10 @@ class Contrast(torch.nn.Module):
         return self.loss(*self.model(images, tokens))
 
 
-def pretrain(
+def pretrain_base(
     out: Path, epochs: float, batch_size: int, rate: float, wrong: float, seed: int, start: Path | None = None
 ) -> None:
+    """Pre-train the mini CLIP and write its folder to `out`; the settings are those of the command."""
     started, cache = time.time(), gu.cache_folder()
     report = gu.Progress(0, "drawing pairs").update
     world = mini_world.load_split("pairs", cache, report=report)
@@ -121,11 +124,7 @@ def pretrain(
     if start:
         checkpoints.fill_weights(objective.model, load_file(start), str(start))
     objective.model.visual.patch_dropout = open_clip.transformer.PatchDropout(0.5)  # while it trains: faster by a third
-    values = list(objective.parameters())
-    groups = [
-        {"params": [p for p in values if p.ndim > 1], "lr": rate, "weight_decay": 0.1, "betas": (0.9, 0.98)},
-        {"params": [p for p in values if p.ndim <= 1], "lr": rate, "weight_decay": 0.0, "betas": (0.9, 0.98)},
-    ]
+    groups = [{"lr": rate, "betas": (0.9, 0.98)} | group for group in param_groups_weight_decay(objective, 0.1)]
     steps = round(epochs * (len(world["images"]) // batch_size))
     training_loop.fit(
         objective, Pairs(world, tokenizer, wrong), cache / "pretraining", groups, epochs=epochs, batch_size=batch_size,
@@ -148,5 +147,4 @@ if __name__ == "__main__":
     parser.add_argument("--wrong", type=float, default=0.3, help="share of captions that belong to another image")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--start", type=Path, help="weights to go on from, of a model that this program made")
-    chosen = parser.parse_args()
-    pretrain(chosen.out, chosen.epochs, chosen.batch_size, chosen.rate, chosen.wrong, chosen.seed, chosen.start)
+    pretrain_base(**vars(parser.parse_args()))

@@ -121,7 +121,7 @@ OTHER_WORDS = {  # the same thing in words that only the third caption has
 }
 
 
-def tell_five(domain: str, thing: dict, view: dict, rng) -> list[str]:
+def tell_five(domain: str, thing: dict, view: dict, rng: np.random.Generator) -> list[str]:
     """Five captions of an image, from coarse to fine: what it is, one property, two details, the view, and everything
     about the thing with two words on the view.
 
@@ -202,7 +202,7 @@ def draw_image(split: str, domain: str, number: int, view: int, seed: int = 0) -
     return photograph(pixels, seen["light"], hand)
 
 
-def photograph(image: np.ndarray, light: dict, rng) -> np.ndarray:
+def photograph(image: np.ndarray, light: dict, rng: np.random.Generator) -> np.ndarray:
     """Light from one side, its strength and color, and grain; worse light is darker or brighter, often without color."""
     x = np.linspace(-1, 1, painters.SIZE, dtype=np.float32)
     y = x[:, None]
@@ -292,7 +292,9 @@ SAYS_NOTHING = ("photo {}", "image {}", "dsc {}", "untitled", "my favourite", "c
 LEVELS = (0.1, 0.1, 0.2, 0.15, 0.45)  # how often each of the five captions stands for an image
 
 
-def draw_web_caption(captions: list[list[str]], row: int, rng, wrong: float = 0.3, empty: float = 0.05) -> str:
+def draw_web_caption(
+    captions: list[list[str]], row: int, rng: np.random.Generator, wrong: float = 0.3, empty: float = 0.05
+) -> str:
     """A caption of an image as the web would have it: a share of them belong to another image, some say nothing."""
     if rng.random() < empty:
         return str(rng.choice(SAYS_NOTHING)).format(rng.integers(1000, 9999))

@@ -621,7 +621,7 @@ def draw_vase(p: dict, v: dict, rng: Generator) -> Canvas:
     return canvas
 
 
-def interpolate(y: ArrayLike, knots: ArrayLike, values: ArrayLike):
+def interpolate(y: ArrayLike, knots: ArrayLike, values: ArrayLike) -> np.ndarray:
     """Cubic-like interpolation by averaging three shifted linear ones: no bumps, no overshoot."""
     gap = (knots[1] - knots[0]) * 0.35
     return np.mean([np.interp(np.asarray(y) + d, knots, values) for d in (-gap, 0, gap)], axis=0)
